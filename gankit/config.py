@@ -1,0 +1,216 @@
+"""What a run is asked to do: one dataclass behind the flags, the TOML file and the record of a run. Free of torch."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from gankit.errors import UsageError
+from gankit.options import build, closest, options_of
+
+LOSSES = (
+    "non_saturating",
+    "saturating",
+    "least_squares",
+    "wasserstein",
+    "hinge",
+    "relativistic",
+    "relativistic_average",
+)
+LossName = Literal[
+    "non_saturating",
+    "saturating",
+    "least_squares",
+    "wasserstein",
+    "hinge",
+    "relativistic",
+    "relativistic_average",
+]
+Device = Literal["auto", "cpu", "cuda"]
+Options = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run. ``None`` means: by the recipe for this kind of data (see :data:`RECIPES`)."""
+
+    data: Annotated[
+        str,
+        "ring, grid, gaussians1200, mnist, stacked-mnist, or your own: a folder or zip of images, a .npy/.npz/.csv file,"
+        " module:callable",
+    ] = "ring"
+    data_root: Annotated[str | None, "folder of the MNIST files (else GANKIT_DATA, else a download)"] = None
+    image_size: Annotated[int | None, "side in pixels to which a folder's images are brought"] = None
+
+    plugin: Annotated[
+        tuple[str, ...],
+        "switch a plugin on: a name from `gankit plugins`, file.py:Class or module:Class; repeatable",
+    ] = ()
+    loss: Annotated[LossName, "adversarial loss; its own options: -o loss.a=-1"] = "non_saturating"
+
+    network: Annotated[
+        Literal["auto", "mlp", "dcgan", "resnet"], "family of networks; auto: mlp or dcgan"
+    ] = "auto"
+    generator: Annotated[str | None, "your own: module:factory or file.py:factory(shape, z_dim)"] = None
+    discriminator: Annotated[str | None, "your own: module:factory or file.py:factory(shapes)"] = None
+    width: Annotated[int | None, "hidden units (mlp), channels next to the image (dcgan, resnet)"] = None
+    depth: Annotated[int | None, "hidden layers of an mlp"] = None
+    z_dim: Annotated[int | None, "dimensions of the latent"] = None
+    z: Annotated[Literal["normal", "uniform"] | None, "prior of the latent; uniform is on (-1, 1)"] = None
+    ema: Annotated[
+        float | None, "decay per step of the averaged generator used for samples and metrics; 0: off"
+    ] = None
+
+    steps: Annotated[int | None, "generator updates in all"] = None
+    batch: Annotated[int | None, "samples per update"] = None
+    lr_g: Annotated[float | None, "Adam's rate for the generator (and what trains with it)"] = None
+    lr_d: Annotated[float | None, "Adam's rate for the discriminator; unequal rates are TTUR"] = None
+    beta1: Annotated[float | None, "Adam's first momentum"] = None
+    beta2: Annotated[float | None, "Adam's second momentum"] = None
+    d_steps: Annotated[int, "discriminator updates per step (n_critic, n_dis)"] = 1
+    decay_from: Annotated[
+        float | None, "share of the steps after which both rates fall linearly to 0; 1: never"
+    ] = None
+
+    seed: Annotated[int, "same seed, same machine, same bits"] = 0
+    device: Annotated[Device, "auto: cuda if there is one"] = "auto"
+    threads: Annotated[int | Literal["auto"], "CPU threads; auto: by the work in one update"] = "auto"
+
+    out: Annotated[str, "folder that collects runs"] = "runs"
+    name: Annotated[str | None, "name of the run's folder; default: number, data, plugins"] = None
+    log_every: Annotated[int, "steps between lines of stats.jsonl"] = 50
+    eval_every: Annotated[int | None, "steps between evaluations and sample pictures; 0: at the end only"] = (
+        None
+    )
+    save_every: Annotated[int | None, "steps between checkpoints; 0: at the end only"] = None
+    eval_samples: Annotated[int | None, "generated samples per evaluation"] = None
+    keep: Annotated[int, "latest checkpoints to keep, besides the best"] = 2
+
+    options: Options = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "batch",
+            "width",
+            "depth",
+            "z_dim",
+            "d_steps",
+            "log_every",
+            "keep",
+            "image_size",
+        ):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("eval_every", "save_every", "lr_g", "lr_d"):
+            _at_least(name, getattr(self, name), 0)
+        _at_least("eval_samples", self.eval_samples, 2)
+        for name in ("ema", "beta1", "beta2"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, not {value}")
+        if self.decay_from is not None and not 0 <= self.decay_from <= 1:
+            raise ValueError(f"decay_from is a share of the steps, 0 to 1, not {self.decay_from}")
+        if self.threads != "auto":
+            _at_least("threads", self.threads, 1)
+
+
+def _at_least(name: str, value: float | None, least: float) -> None:
+    if value is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, not {value}")
+
+
+# What None stands for, by kind of data. "plane" is 2-D data with the pair-wise paper's one-dimensional latent.
+RECIPES: dict[str, dict[str, Any]] = {
+    "plane": {
+        "z_dim": 1, "z": "uniform", "ema": 0.998, "steps": 5000, "batch": 256, "lr_g": 1e-3, "lr_d": 1e-3,
+        "beta1": 0.5, "beta2": 0.999, "decay_from": 0.5, "width": 128, "depth": 3,
+        "eval_samples": 10_000,
+    },
+    "vector": {
+        "z_dim": 64, "z": "normal", "ema": 0.998, "steps": 5000, "batch": 256, "lr_g": 5e-4, "lr_d": 5e-4,
+        "beta1": 0.5, "beta2": 0.999, "decay_from": 0.5, "width": 256, "depth": 3,
+        "eval_samples": 10_000,
+    },
+    "image": {
+        "z_dim": 100, "z": "normal", "ema": 0.995, "steps": 2000, "batch": 64, "lr_g": 2e-4, "lr_d": 2e-4,
+        "beta1": 0.5, "beta2": 0.999, "decay_from": 1.0, "eval_samples": 2048,
+    },
+}  # fmt: skip
+
+
+def resolve(config: Config, shape: tuple[int, ...]) -> Config:
+    """The configuration with every ``None`` of the recipe filled in for samples of this shape."""
+    kind = "image" if len(shape) == 3 else "plane" if shape == (2,) else "vector"
+    filled = {k: v for k, v in RECIPES[kind].items() if getattr(config, k) is None}
+    config = replace(config, **filled)
+    assert config.steps is not None
+    every = max(1, config.steps // 10)
+    return replace(
+        config,
+        eval_every=every if config.eval_every is None else config.eval_every,
+        save_every=every if config.save_every is None else config.save_every,
+    )
+
+
+def make(values: Mapping[str, Any], options: Mapping[str, Mapping[str, Any]]) -> Config:
+    """A checked configuration from values by field name (text or TOML values) and options by plugin."""
+    known = options_of(Config)
+    for key in values:
+        if key not in known or key == "options":
+            names = [name for name in known if name != "options"]
+            raise UsageError(f"there is no setting {key!r}{closest(key, names)}; see gankit run --help")
+    config: Config = build(Config, dict(values), "setting")
+    return replace(config, options={name: dict(chosen) for name, chosen in options.items()})
+
+
+def read_toml(path: Path) -> tuple[dict[str, Any], Options]:
+    """Settings and plugin options of a TOML file: flags by name at the top, ``[options.<plugin>]`` tables below."""
+    try:
+        content = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid TOML: {error}") from None
+    options = content.pop("options", {})
+    if not isinstance(options, dict) or not all(isinstance(table, dict) for table in options.values()):
+        raise UsageError(f"{path}: plugin options go into tables, [options.<plugin>]")
+    return {key.replace("-", "_"): value for key, value in content.items()}, options
+
+
+def to_toml(config: Config) -> str:
+    """The configuration as TOML that ``--config`` reads back to an equal one; unset values are left out."""
+    values = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "options"}
+    lines = [f"{key} = {_toml(value)}" for key, value in values.items() if value is not None]
+    for name, chosen in config.options.items():
+        lines += ["", f"[options.{name}]", *(f"{k} = {_toml(v)}" for k, v in chosen.items() if v is not None)]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The configuration in plain containers, for JSON and for checkpoints."""
+    content: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return content
+
+
+def differences(recorded: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """``name: old -> new`` for every value that differs between two plain dictionaries."""
+    found = []
+    for key in sorted({*recorded, *now}):
+        old, new = recorded.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key}: {old!r} -> {new!r}")
+    return found

@@ -1,0 +1,62 @@
+"""Mathematics that regularizers share: pure functions of tensors, or of tuples of tensors, without any gankit object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Critic = Callable[..., Tensor]
+
+
+def mixing_weights(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One u ~ U(0, 1) per sample, (B, 1, ..., 1) with the dimensions, dtype and device of ``like``."""
+    shape = (len(like), *(1,) * (like.dim() - 1))
+    return torch.rand(shape, generator=generator, dtype=like.dtype, device=like.device)
+
+
+def interpolate(
+    real: Sequence[Tensor], fake: Sequence[Tensor], generator: torch.Generator | None = None
+) -> tuple[Tensor, ...]:
+    """Random points on the segments from fake to real: u real + (1 - u) fake, one u ~ U(0, 1) per sample.
+
+    real, fake: tuples of tensors (B, ...), the critic's arguments; the same u serves all of a sample's tensors. Tensors
+    that are not floating (labels) are taken from real. Returns detached leaves that require gradients.
+    """
+    floating = next(t for t in real if t.is_floating_point())
+    u = mixing_weights(floating, generator).flatten()
+
+    def mix(r: Tensor, f: Tensor) -> Tensor:
+        if not r.is_floating_point():
+            return r
+        weight = u.to(r.dtype).view(-1, *(1,) * (r.dim() - 1))
+        return (weight * r.detach() + (1 - weight) * f.detach()).requires_grad_()
+
+    return tuple(mix(r, f) for r, f in zip(real, fake, strict=True))
+
+
+def input_gradients(logits: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """d logits_i / d inputs_i for every sample i, with a graph for a second derivative.
+
+    logits: (B, ...); several logits of one sample (a patch critic's map) are averaged, so that the gradient is that of
+    the sample's mean logit. inputs: tensors (B, ...) the logits were computed from; those not floating are left out.
+    Correct only if no logit depends on another sample, which batch normalisation in the critic violates.
+    """
+    per_sample = logits.flatten(1).mean(1) if logits.dim() > 1 else logits
+    floating = [t for t in inputs if t.is_floating_point()]
+    return torch.autograd.grad(per_sample.sum(), floating, create_graph=True)
+
+
+def norm_per_sample(tensors: Sequence[Tensor], eps: float = 0.0) -> Tensor:
+    """(B,) Euclidean norm of each sample over all non-batch dimensions of all tensors: sqrt(sum of squares + eps).
+
+    With eps = 0 the gradient at a zero sample is 0 instead of NaN.
+    """
+    squares = sum(
+        (t.flatten(1).square().sum(1) for t in tensors[1:]), start=tensors[0].flatten(1).square().sum(1)
+    )
+    if eps:
+        return (squares + eps).sqrt()
+    zero = squares == 0
+    return torch.where(zero, squares, torch.where(zero, torch.ones_like(squares), squares).sqrt())

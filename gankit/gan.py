@@ -1,0 +1,263 @@
+"""The GAN as the hooks see it: networks, latent, loss, optimisers, random streams, and all of its state."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pluggy
+import torch
+from torch import Tensor, nn
+
+from gankit import losses
+from gankit.contract import PHASES, Player, View
+from gankit.defaults import CoreHooks
+from gankit.errors import UsageError
+from gankit.plugins import manager
+
+
+@dataclass(frozen=True)
+class Latent:
+    """The prior of z: ``dim`` independent coordinates, standard normal or uniform on (-1, 1)."""
+
+    dim: int
+    kind: str = "normal"
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("normal", "uniform") or self.dim < 1:
+            raise UsageError(f"a latent is 'normal' or 'uniform' with at least one dimension, not {self}")
+
+    def draw(self, n: int, generator: torch.Generator) -> Tensor:
+        """(n, dim) float32 on the generator's device."""
+        z = torch.empty(n, self.dim, device=generator.device)
+        return (
+            z.normal_(generator=generator)
+            if self.kind == "normal"
+            else z.uniform_(-1, 1, generator=generator)
+        )
+
+
+@dataclass
+class Optim:
+    """Adam's settings for the players of one phase; ``lr`` is the rate before any decay."""
+
+    lr: float = 2e-4
+    betas: tuple[float, float] = (0.5, 0.999)
+    eps: float = 1e-8
+
+
+def derive_seed(seed: int, *names: str) -> int:
+    """A 63-bit seed for the stream called ``names`` of a run with this seed; unrelated names, unrelated streams."""
+    digest = hashlib.sha256("/".join((str(seed), *names)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+@contextmanager
+def seeded(seed: int, *names: str) -> Iterator[None]:
+    """Seed torch's global generators for one block, and give them back as they were.
+
+    Modules initialise themselves from the global generator; this is the one place where it is used.
+    """
+    cuda = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(derive_seed(seed, *names))
+        yield
+
+
+def call_with_accepted(factory: Callable[..., Any], **known: Any) -> Any:
+    """Call ``factory`` with those of the ``known`` arguments that its signature names (all, if it takes ``**kwargs``)."""
+    parameters = inspect.signature(factory).parameters.values()
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        known = {p.name: known[p.name] for p in parameters if p.name in known}
+    return factory(**known)
+
+
+Network = nn.Module | Callable[..., nn.Module]
+
+
+@dataclass(eq=False)
+class GAN:
+    """Two networks, what they are trained on, and the hooks that act on them.
+
+    generator: a module (B, z_dim) -> (B, \\*shape), or a factory of one that asks by name for any of ``shape``,
+        ``z_dim``, ``latent``.
+    discriminator: a module from the view's tensors to logits, or a factory of one that asks by name for any of
+        ``shapes`` (of the tensors it is shown, without the batch dimension), ``shape``, ``z_dim``. A factory is called
+        when the view is known, so that packing and joint views fit.
+    shape: of one sample, (D,) or (C, H, W).
+    plugins: objects with hook implementations, by name, in the order in which they are to act.
+    architecture: ``network``, ``width`` and ``depth`` of the shipped networks, for plugins that bring one more.
+    core: the same for behaviour of the core or of the caller; it acts after the plugins.
+
+    ``build`` completes it. ``state_dict`` holds everything that moves, in tensors and plain containers.
+    """
+
+    generator: Any
+    discriminator: Any
+    shape: tuple[int, ...]
+    latent: Latent
+    loss: losses.Loss = field(default_factory=lambda: losses.make("non_saturating"))
+    plugins: Mapping[str, object] = field(default_factory=dict)
+    core: Mapping[str, object] = field(default_factory=dict)
+    seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    optim: dict[str, Optim] = field(default_factory=lambda: {phase: Optim() for phase in PHASES})
+    batch_size: int = 64
+    d_steps: int = 1
+    architecture: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.step = 0  # finished or running steps, from 1
+        self.stop = False  # set by anyone: the loop ends after the running step
+        self.players: dict[str, Player] = {}
+        self.averages: dict[str, nn.Module] = {}  # averaged copies of players, by player
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.next_real: Callable[[], Tensor]  # the data stream, set by whoever trains
+        self.manager = manager(self.plugins, {"core": CoreHooks(), **self.core})
+        self.hook: pluggy.HookRelay = self.manager.hook
+        self.rngs: dict[str, torch.Generator] = {}
+        self._parameters: dict[str, list[nn.Parameter]] = {}
+
+    # -- random streams ------------------------------------------------------------------------------------------
+
+    def stream(self, name: str) -> torch.Generator:
+        """The random stream called ``name``, on the GAN's device; made on first use from the seed and the name."""
+        if name not in self.rngs:
+            self.rngs[name] = torch.Generator(self.device).manual_seed(derive_seed(self.seed, name))
+        return self.rngs[name]
+
+    def rng(self, plugin: object) -> torch.Generator:
+        """The random stream of a registered plugin: its draws shift neither the data nor any other plugin's."""
+        name = self.manager.get_name(plugin)
+        if name is None:
+            raise LookupError(f"{plugin!r} is not one of this GAN's plugins")
+        return self.stream(f"plugin:{name}")
+
+    def next_z(self, n: int | None = None) -> Tensor:
+        """The next (n, z_dim) draw of the training latents; n defaults to the batch size."""
+        return self.latent.draw(n or self.batch_size, self.stream("latent"))
+
+    # -- building ------------------------------------------------------------------------------------------------
+
+    def build(self) -> GAN:
+        """Build networks, collect players, fit the discriminator to the view, run ``setup``, make the optimisers."""
+        known = {"shape": self.shape, "z_dim": self.latent.dim, "latent": self.latent.kind}
+        self._add("generator", self._make("generator", self.generator, **known), "g")
+        with seeded(self.seed, "players"):
+            for found in self.hook.players(gan=self):
+                for name, player in found.items():
+                    self._add(name, player.module, player.phase)
+        shapes = tuple(t.shape[1:] for t in self.first_view().real)
+        self._add(
+            "discriminator", self._make("discriminator", self.discriminator, shapes=shapes, **known), "d"
+        )
+        if any(nn.parameter.is_lazy(p) for p in self.discriminator.parameters()):
+            with seeded(self.seed, "lazy"), torch.no_grad():
+                self.discriminator(*self.first_view().real)
+        self.hook.setup(gan=self)
+        self.make_optimizers()
+        return self
+
+    def _make(self, name: str, network: Network, **known: Any) -> nn.Module:
+        with seeded(self.seed, name):
+            module = network if isinstance(network, nn.Module) else call_with_accepted(network, **known)
+        if not isinstance(module, nn.Module):
+            raise UsageError(
+                f"the {name} factory {network!r} returned a {type(module).__name__}, not a torch Module"
+            )
+        return module
+
+    def _add(self, name: str, module: nn.Module, phase: str) -> None:
+        if name in self.players:
+            raise UsageError(f"two plugins bring a player called {name!r}: switch one of them off")
+        module = module.to(self.device)
+        self.players[name] = Player(module, phase)
+        setattr(self, name, module)
+
+    @torch.no_grad()
+    def first_view(self) -> View:
+        """A view of zeros in evaluation mode: shapes without moving any state."""
+        for player in self.players.values():
+            player.module.eval()
+        real = torch.zeros(self.batch_size, *self.shape, device=self.device)
+        z = torch.zeros(self.batch_size, self.latent.dim, device=self.device)
+        batch = self.hook.sample(gan=self, real=real, z=z, phase="d", step=0)
+        if batch.fake.shape != real.shape:
+            raise UsageError(
+                f"the generator makes samples of shape {tuple(batch.fake.shape[1:])}, the data has {self.shape}"
+            )
+        view: View = self.hook.view(gan=self, batch=batch, phase="d", step=0)
+        for player in self.players.values():
+            player.module.train()
+        return view
+
+    def parameters(self, phase: str) -> list[nn.Parameter]:
+        """The trained parameters of one phase's players."""
+        return self._parameters[phase]
+
+    def make_optimizers(self) -> None:
+        """One Adam per phase over its players; call again after a plugin replaced parameters."""
+        for phase in PHASES:
+            modules = [player.module for player in self.players.values() if player.phase == phase]
+            self._parameters[phase] = [p for m in modules for p in m.parameters() if p.requires_grad]
+            s = self.optim[phase]
+            self.optimizers[phase] = torch.optim.Adam(
+                self._parameters[phase], lr=s.lr, betas=s.betas, eps=s.eps, fused=True
+            )
+
+    # -- samples -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def draw(self, n: int, stream: torch.Generator, chunk: int = 1000) -> Tensor:
+        """(n, \\*shape) samples of the averaged generator if there is one, else of the generator, in evaluation mode."""
+        network = self.averages.get("generator", self.generator)
+        training = network.training
+        network.eval()
+        sizes = [min(chunk, n - start) for start in range(0, n, chunk)]
+        samples = torch.cat([network(self.latent.draw(size, stream)) for size in sizes])
+        network.train(training)
+        return samples
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """State dicts of all players and averages, by name; an average is called ``<player>_ema``."""
+        named = {name: player.module for name, player in self.players.items()}
+        named |= {f"{name}_ema": module for name, module in self.averages.items()}
+        return {name: module.state_dict() for name, module in named.items()}
+
+    def load_weights(self, weights: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Undo :meth:`weights`; every network must be there."""
+        for name, player in self.players.items():
+            player.module.load_state_dict(weights[name])
+        for name, module in self.averages.items():
+            module.load_state_dict(weights[f"{name}_ema"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that moves besides :meth:`weights`: step, optimisers, random streams, plugins."""
+        stateful = {
+            name: plugin for name, plugin in self.manager.list_name_plugin() if hasattr(plugin, "state_dict")
+        }
+        return {
+            "step": self.step,
+            "optimizers": {phase: optimizer.state_dict() for phase, optimizer in self.optimizers.items()},
+            "rngs": {name: rng.get_state() for name, rng in self.rngs.items()},
+            "global_rng": torch.get_rng_state(),
+            "plugins": {name: plugin.state_dict() for name, plugin in stateful.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Undo :meth:`state_dict` in a GAN built in the same way."""
+        self.step = state["step"]
+        for phase, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][phase])
+        for name, value in state["rngs"].items():
+            self.stream(name).set_state(value)
+        torch.set_rng_state(state["global_rng"])
+        for name, value in state["plugins"].items():
+            plugin: Any = self.manager.get_plugin(name)
+            plugin.load_state_dict(value)

@@ -1,0 +1,417 @@
+"""Generators, discriminators and encoders chosen by the shape of the data.
+
+Three families: "mlp" for any shape, "dcgan" (arXiv 1511.06434) and "resnet" (arXiv 1802.05957, appendix B.4) for
+square images. "auto" takes the MLP for vectors and DCGAN for images. Images are (C, H, W) in [-1, 1].
+
+A module is initialised from PyTorch's global random numbers while it is constructed and draws none afterwards, so
+build it inside `torch.random.fork_rng()` with a seed. Module names are a file format: weights are saved under them.
+"""
+
+import difflib
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from gankit.errors import UsageError
+
+M = TypeVar("M", bound=nn.Module)
+
+NETWORKS = ("auto", "mlp", "dcgan", "resnet")
+LATENTS = ("normal", "uniform")
+NORMS = ("none", "batch")
+
+MLP_WIDTH = 128
+MLP_DEPTH = 3
+DCGAN_WIDTH = 32
+RESNET_WIDTH = 64
+SLOPE = 0.2  # of every leaky ReLU
+DCGAN_STD = 0.02  # of the initial weights, as in the DCGAN paper
+
+
+def generator(
+    shape: Sequence[int],
+    z_dim: int,
+    *,
+    network: str = "auto",
+    width: int | None = None,
+    depth: int | None = None,
+) -> nn.Module:
+    """Build G: z (B, z_dim) -> (B, *shape); images pass through tanh, vectors are unbounded.
+
+    width: units per hidden layer (mlp, default 128), channels of the layer next to the image (dcgan, default 32)
+    or channels of every block (resnet, default 64). depth: hidden layers, mlp only (default 3).
+    `UsageError` for an unknown network, sizes below 1 or an image size that the network cannot make.
+    """
+    shape = _checked_shape(shape)
+    _positive(z_dim=z_dim)
+    network = _resolve(network, shape, width, depth)
+    if network == "dcgan":
+        return ConvGenerator(z_dim, shape, width or DCGAN_WIDTH)
+    if network == "resnet":
+        return ResidualGenerator(z_dim, shape, width or RESNET_WIDTH)
+    return MLP(z_dim, shape, width or MLP_WIDTH, depth or MLP_DEPTH, slope=0.0, tanh=_is_image(shape))
+
+
+def discriminator(
+    shapes: Sequence[Sequence[int]],
+    *,
+    network: str = "auto",
+    width: int | None = None,
+    depth: int | None = None,
+    norm: str = "none",
+) -> nn.Module:
+    """Build D: one input (B, *shape) for each of `shapes` -> logits (B,).
+
+    The first shape is the data (packed data have more channels or features); further ones, such as a latent
+    (z_dim,), are joined as vectors: the mlp concatenates everything at its input, image networks concatenate them to
+    the flattened features and score both through one hidden layer of 4 * width units.
+    width, depth: as for `generator`. norm: "none", or "batch" for the batch norm of the DCGAN paper, which makes a
+    logit depend on the other samples and so rules out per-sample gradient penalties. Errors as for `generator`.
+    """
+    if not shapes:
+        raise UsageError("a discriminator needs at least one input shape: give the shape of the data")
+    first, *further = [_checked_shape(shape) for shape in shapes]
+    network = _resolve(network, first, width, depth)
+    _choice("norm", norm, NORMS)
+    if norm == "batch" and network != "dcgan":
+        raise UsageError(
+            f'norm="batch" is an option of the dcgan discriminator, not of {network}: use norm="none"'
+        )
+    joint = sum(math.prod(shape) for shape in further)
+    if network == "mlp":
+        features = math.prod(first) + joint
+        return MLP(features, (), width or MLP_WIDTH, depth or MLP_DEPTH, slope=SLOPE, tanh=False)
+    if network == "dcgan":
+        width = width or DCGAN_WIDTH
+        scorer = Scorer(ConvTrunk(first, width, norm), joint, 4 * width)
+        return _init_dcgan(scorer)
+    width = width or RESNET_WIDTH
+    scorer = Scorer(ResidualTrunk(first, width), joint, 4 * width)
+    return _init_resnet(scorer)
+
+
+def encoder(
+    shape: Sequence[int],
+    z_dim: int,
+    *,
+    latent: str = "normal",
+    network: str = "auto",
+    width: int | None = None,
+    depth: int | None = None,
+) -> nn.Module:
+    """Build E: data (B, *shape) -> z (B, z_dim), onto the support of the latent distribution.
+
+    latent: "normal" gives a linear output (a bounded one could not reach all of z), "uniform" tanh for z in (-1, 1).
+    The dcgan encoder has batch norm, as in BiGAN (arXiv 1605.09782). width, depth, errors: as for `generator`.
+    """
+    shape = _checked_shape(shape)
+    _positive(z_dim=z_dim)
+    network = _resolve(network, shape, width, depth)
+    _choice("latent", latent, LATENTS)
+    tanh = latent == "uniform"
+    if network == "dcgan":
+        return _init_dcgan(Encoder(ConvTrunk(shape, width or DCGAN_WIDTH, "batch"), z_dim, tanh))
+    if network == "resnet":
+        return _init_resnet(Encoder(ResidualTrunk(shape, width or RESNET_WIDTH), z_dim, tanh))
+    features = math.prod(shape)
+    return MLP(features, (z_dim,), width or MLP_WIDTH, depth or MLP_DEPTH, slope=SLOPE, tanh=tanh)
+
+
+class MLP(nn.Module):
+    """Linear layers with (leaky) ReLU: any number of inputs (B, ...), concatenated flat -> (B, *out_shape)."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_shape: tuple[int, ...],
+        width: int,
+        depth: int,
+        *,
+        slope: float,
+        tanh: bool,
+    ) -> None:
+        super().__init__()
+        self.out_shape = out_shape
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for i in range(depth):
+            layers[f"hidden{i}"] = nn.Linear(in_features if i == 0 else width, width)
+            layers[f"activation{i}"] = nn.LeakyReLU(slope) if slope else nn.ReLU()
+        layers["out"] = nn.Linear(width, math.prod(out_shape))
+        if tanh:
+            layers["tanh"] = nn.Tanh()
+        self.layers = nn.Sequential(layers)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Return (B, *out_shape)."""
+        out: Tensor = self.layers(_flat(inputs))
+        return out.reshape(len(out), *self.out_shape)
+
+
+class ConvGenerator(nn.Module):
+    """DCGAN generator: linear to (width * 2^(k-1), s0, s0), then k transposed convolutions that double the side."""
+
+    def __init__(self, z_dim: int, shape: tuple[int, ...], width: int) -> None:
+        super().__init__()
+        base, doublings = _base_and_doublings(shape)
+        channels = width * 2 ** (doublings - 1)
+        self.base_shape = (channels, base, base)
+        self.project = nn.Linear(z_dim, math.prod(self.base_shape))
+        layers: OrderedDict[str, nn.Module] = OrderedDict(
+            norm0=nn.BatchNorm2d(channels), activation0=nn.ReLU()
+        )
+        for i in range(1, doublings):
+            # no bias in front of a batch norm, which would remove it
+            layers[f"up{i}"] = nn.ConvTranspose2d(channels, channels // 2, 4, 2, 1, bias=False)
+            channels //= 2
+            layers[f"norm{i}"] = nn.BatchNorm2d(channels)
+            layers[f"activation{i}"] = nn.ReLU()
+        layers["out"] = nn.ConvTranspose2d(channels, shape[0], 4, 2, 1)
+        layers["tanh"] = nn.Tanh()
+        self.layers = nn.Sequential(layers)
+        _init_dcgan(self)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Z (B, z_dim) -> images (B, C, H, W) in [-1, 1]."""
+        images: Tensor = self.layers(self.project(z).unflatten(1, self.base_shape))
+        return images
+
+
+class ConvTrunk(nn.Module):
+    """DCGAN discriminator without its last layer: k strided convolutions (4/2/1), (B, C, H, W) -> (B, features)."""
+
+    def __init__(self, shape: tuple[int, ...], width: int, norm: str) -> None:
+        super().__init__()
+        base, halvings = _base_and_doublings(shape)
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        inside, outside = shape[0], width
+        for i in range(halvings):
+            normed = norm == "batch" and i > 0
+            layers[f"down{i}"] = nn.Conv2d(inside, outside, 4, 2, 1, bias=not normed)
+            if normed:
+                layers[f"norm{i}"] = nn.BatchNorm2d(outside)
+            layers[f"activation{i}"] = nn.LeakyReLU(SLOPE)
+            inside, outside = outside, outside * 2
+        self.layers = nn.Sequential(layers)
+        self.features = inside * base * base
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> (B, features)."""
+        maps: Tensor = self.layers(x)
+        return maps.flatten(1)
+
+
+class ResidualGenerator(nn.Module):
+    """SNGAN generator: linear to (width, s0, s0), k residual blocks that double the side, norm, ReLU, 3x3, tanh."""
+
+    def __init__(self, z_dim: int, shape: tuple[int, ...], width: int) -> None:
+        super().__init__()
+        base, doublings = _base_and_doublings(shape)
+        self.base_shape = (width, base, base)
+        self.project = nn.Linear(z_dim, math.prod(self.base_shape))
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for i in range(doublings):
+            layers[f"block{i}"] = UpBlock(width)
+        layers["norm"] = nn.BatchNorm2d(width)
+        layers["activation"] = nn.ReLU()
+        layers["out"] = nn.Conv2d(width, shape[0], 3, padding=1)
+        layers["tanh"] = nn.Tanh()
+        self.layers = nn.Sequential(layers)
+        _init_resnet(self)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Z (B, z_dim) -> images (B, C, H, W) in [-1, 1]."""
+        images: Tensor = self.layers(self.project(z).unflatten(1, self.base_shape))
+        return images
+
+
+class UpBlock(nn.Module):
+    """Residual block of SNGAN's generator: (B, width, s, s) -> (B, width, 2s, 2s)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.shortcut = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return main path plus shortcut."""
+        main = self.conv1(self.upsample(torch.relu(self.norm1(x))))
+        main = self.conv2(torch.relu(self.norm2(main)))
+        # a 1x1 convolution and nearest upsampling commute; this order is a quarter of the work
+        out: Tensor = main + self.upsample(self.shortcut(x))
+        return out
+
+
+class ResidualTrunk(nn.Module):
+    """SNGAN discriminator without its last layer and without norms: (B, C, H, W) -> (B, width).
+
+    Blocks that halve the side until it is at most 8, two more that keep it, ReLU, pooling over positions: the sum
+    divided by the root of their number. It has Lipschitz constant 1, where SNGAN's plain sum makes logits of +-15 at
+    the start when D has no spectral norm.
+    """
+
+    def __init__(self, shape: tuple[int, ...], width: int) -> None:
+        super().__init__()
+        _base_and_doublings(shape)
+        halvings = max(1, math.ceil(math.log2(shape[1] / 8)))
+        blocks: OrderedDict[str, nn.Module] = OrderedDict()
+        for i in range(halvings + 2):
+            blocks[f"block{i}"] = DownBlock(
+                shape[0] if i == 0 else width, width, downsample=i < halvings, first=i == 0
+            )
+        self.layers = nn.Sequential(blocks)
+        self.features = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> (B, width)."""
+        maps = torch.relu(self.layers(x))
+        return maps.sum(dim=(2, 3)) / math.sqrt(maps[0, 0].numel())
+
+
+class DownBlock(nn.Module):
+    """Residual block of SNGAN's discriminator; the first one starts without ReLU, on the image itself."""
+
+    def __init__(self, inside: int, outside: int, *, downsample: bool, first: bool) -> None:
+        super().__init__()
+        self.first = first
+        self.conv1 = nn.Conv2d(inside, outside, 3, padding=1)
+        self.conv2 = nn.Conv2d(outside, outside, 3, padding=1)
+        self.shortcut = nn.Conv2d(inside, outside, 1) if downsample else nn.Identity()
+        self.pool = nn.AvgPool2d(2) if downsample else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return main path plus shortcut."""
+        main = self.conv1(x if self.first else torch.relu(x))
+        main = self.pool(self.conv2(torch.relu(main)))
+        # pooling and a 1x1 convolution commute; this order is a quarter of the work
+        out: Tensor = main + self.shortcut(self.pool(x))
+        return out
+
+
+class Scorer(nn.Module):
+    """D of images: features of the first input, joined with all further inputs flat -> logits (B,)."""
+
+    def __init__(self, trunk: ConvTrunk | ResidualTrunk, joint: int, hidden: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        # one hidden layer, or D would be f(x) + w.z and could not see which z belongs to which x
+        self.joint = nn.Linear(trunk.features + joint, hidden) if joint else None
+        self.activation = nn.LeakyReLU(SLOPE)
+        self.out = nn.Linear(hidden if joint else trunk.features, 1)
+
+    def forward(self, x: Tensor, *joined: Tensor) -> Tensor:
+        """Images (B, C, H, W) and the further inputs -> logits (B,)."""
+        features = self.trunk(x)
+        if self.joint is not None:
+            features = self.activation(self.joint(_flat((features, *joined))))
+        elif joined:
+            raise UsageError("this discriminator was built for one input: give the shapes of all its inputs")
+        logits: Tensor = self.out(features)
+        return logits.squeeze(1)
+
+
+class Encoder(nn.Module):
+    """E of images: features -> z (B, z_dim), with tanh for a uniform latent."""
+
+    def __init__(self, trunk: ConvTrunk | ResidualTrunk, z_dim: int, tanh: bool) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.out = nn.Linear(trunk.features, z_dim)
+        self.tanh = tanh
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> z (B, z_dim)."""
+        z: Tensor = self.out(self.trunk(x))
+        return torch.tanh(z) if self.tanh else z
+
+
+def _flat(inputs: Sequence[Tensor]) -> Tensor:
+    return torch.cat([x.flatten(1) for x in inputs], dim=1) if len(inputs) > 1 else inputs[0].flatten(1)
+
+
+def _init_dcgan(module: M) -> M:
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.normal_(layer.weight, 0.0, DCGAN_STD)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    return module
+
+
+def _init_resnet(module: M) -> M:
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            residual = name.endswith(("conv1", "conv2"))
+            nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(2) if residual else 1.0)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    return module
+
+
+def _is_image(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 3
+
+
+def _base_and_doublings(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Split the side of a square image into s0 * 2^k, s0 in 3..7, k >= 1."""
+    side, k = shape[1], 0
+    # 6 * 2^k is also 3 * 2^(k+1): stop at 6, and halve it only for a 6 px image, which has no other k >= 1
+    while side % 2 == 0 and (side > 7 or k == 0):
+        side //= 2
+        k += 1
+    if shape[1] != shape[2] or k == 0 or not 3 <= side <= 7:
+        raise UsageError(
+            f"the convolutional networks make square images with a side of 3, 4, 5, 6 or 7 times 2, 4, 8, ... "
+            f"(16, 24, 28, 32, 48, 64, 96, 128, ...), not {shape[1]} x {shape[2]}: resize them, for example with "
+            "--image-size 32, or choose --network mlp"
+        )
+    return side, k
+
+
+def _resolve(network: str, shape: tuple[int, ...], width: int | None, depth: int | None) -> str:
+    """Return "mlp", "dcgan" or "resnet" after checking that it fits the data and the sizes."""
+    _choice("network", network, NETWORKS)
+    if network == "auto":
+        network = "dcgan" if _is_image(shape) else "mlp"
+    _positive(**{name: value for name, value in (("width", width), ("depth", depth)) if value is not None})
+    if network == "mlp":
+        return network
+    if not _is_image(shape):
+        raise UsageError(
+            f"network {network!r} is for images (channels, height, width), not for data of shape {shape}: "
+            "choose --network mlp"
+        )
+    if depth is not None:
+        raise UsageError(
+            f"the depth of network {network!r} follows from the image size: leave depth out, or set the width"
+        )
+    return network
+
+
+def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    shape = tuple(shape)
+    if not shape or min(shape) < 1:
+        raise UsageError(
+            f"a shape must be (features,) or (channels, height, width) with sizes of 1 or more, not {shape}"
+        )
+    return shape
+
+
+def _positive(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if value < 1:
+            raise UsageError(f"{name} must be 1 or more, not {value}")
+
+
+def _choice(what: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        match = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
+        hint = f" (did you mean {match[0]!r}?)" if match else ""
+        raise UsageError(f"there is no {what} {value!r}{hint}: choose from {', '.join(choices)}")

@@ -1,0 +1,390 @@
+"""From a configuration to a finished run, and back from a run's folder to its networks."""
+
+from __future__ import annotations
+
+import io
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from gankit import __version__, losses, networks, pictures
+from gankit import config as configuration
+from gankit import data as datasets
+from gankit.config import Config, Device
+from gankit.data import Dataset
+from gankit.errors import UsageError
+from gankit.files import write_atomic
+from gankit.gan import GAN, Latent, Optim, derive_seed
+from gankit.loop import train
+from gankit.plugins import Source, create, load_object
+from gankit.rundir import RunDir
+from gankit.sampler import Sampler
+from gankit.training import Averaging, Evaluator, LinearDecay, Metrics, Saver, Stats, measure
+
+# Multiply-adds of one forward pass of G and D above which a second thread pays: tests/benchmarks/threads.py.
+WORTH_THREADS = 50e6
+
+
+class Reporter(Protocol):
+    """Who tells the person what happens. It is registered beside the plugins, so it may implement hooks, too."""
+
+    def loading(self, done: int, total: int) -> None:
+        """Data are being read: ``done`` of ``total`` files."""
+
+    def data(self, summary: datasets.Summary) -> None:
+        """The data were read."""
+
+    def start(self, gan: GAN, run: RunDir, steps: int) -> None:
+        """Training begins, or goes on at ``gan.step``."""
+
+    def metrics(self, step: int, found: Mapping[str, float]) -> None:
+        """An evaluation ended."""
+
+    def stop(self) -> None:
+        """Training ended."""
+
+
+@dataclass
+class Result:
+    """How a run ended: ``status`` is "finished" or "interrupted" (then ``signal`` says by what)."""
+
+    run: RunDir
+    status: str
+    step: int
+    steps: int
+    metrics: dict[str, float]
+    truth: dict[str, float]
+    stats: dict[str, Any]
+    seconds: float
+    plugins: list[str]
+    signal: int | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """The result in plain containers, for JSON."""
+        return {**vars(self), "run": str(self.run.path)}
+
+
+# -- networks ------------------------------------------------------------------------------------------------------
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device called ``wanted``; "auto" is cuda if there is one. UsageError if it is missing."""
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UsageError("no CUDA device is available to this torch: use --device cpu")
+    return torch.device(wanted)
+
+
+def choose_threads(gan: GAN) -> int:
+    """CPU threads for a built GAN: by the work of one forward pass, so that every run of it gets the same bits."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        gan.discriminator(*gan.first_view().real)
+    many = counter.get_total_flops() / 2 > WORTH_THREADS
+    return min(os.cpu_count() or 1, 8) if many else 1
+
+
+def assemble(config: Config, shape: tuple[int, ...], core: Mapping[str, object]) -> tuple[GAN, list[Source]]:
+    """The GAN a resolved configuration asks for, on samples of ``shape``, not built yet; and its plugins' sources."""
+    assert config.z_dim is not None and config.z is not None and config.batch is not None
+    assert config.lr_g is not None and config.lr_d is not None
+    assert config.beta1 is not None and config.beta2 is not None
+    plugins, sources = create(config.plugin, {k: v for k, v in config.options.items() if k != "loss"})
+    architecture: dict[str, Any] = {"network": config.network, "width": config.width, "depth": config.depth}
+
+    def generator(shape: tuple[int, ...], z_dim: int) -> nn.Module:
+        return networks.generator(shape, z_dim, **architecture)
+
+    def discriminator(shapes: tuple[tuple[int, ...], ...]) -> nn.Module:
+        return networks.discriminator(shapes, **architecture)
+
+    betas = (config.beta1, config.beta2)
+    gan = GAN(
+        generator=load_object(config.generator)[0] if config.generator else generator,
+        discriminator=load_object(config.discriminator)[0] if config.discriminator else discriminator,
+        shape=shape,
+        latent=Latent(config.z_dim, config.z),
+        loss=losses.make(config.loss, **config.options.get("loss", {})),
+        plugins=plugins,
+        core=core,
+        seed=config.seed,
+        device=choose_device(config.device),
+        optim={"d": Optim(config.lr_d, betas), "g": Optim(config.lr_g, betas)},
+        batch_size=config.batch,
+        d_steps=config.d_steps,
+        architecture=architecture,
+    )
+    return gan, sources
+
+
+# -- training ------------------------------------------------------------------------------------------------------
+
+
+class Session:
+    """A built GAN with everything that trains and records it in one run's folder."""
+
+    def __init__(self, config: Config, data: Dataset, run: RunDir, reporter: Reporter) -> None:
+        """``config`` is resolved. Networks are built and refusals made; nothing is written."""
+        assert config.steps is not None and config.batch is not None and config.eval_samples is not None
+        assert config.eval_every is not None and config.save_every is not None
+        assert config.ema is not None and config.decay_from is not None
+        device = choose_device(config.device)
+        self.run, self.reporter, self.steps = run, reporter, config.steps
+        self.data = data.to(device)
+        sampler = Sampler(
+            self.data, config.batch, torch.Generator(device).manual_seed(derive_seed(config.seed, "data"))
+        )
+        self.metrics = Metrics(self.data, config.eval_samples)
+        self.stats = Stats(config.log_every, partial(run.append, "stats.jsonl"))
+        self.evaluator = Evaluator(
+            run, self.data, config.eval_every, config.steps, self.stats, reporter.metrics
+        )
+        self.saver = Saver(run, self.evaluator, config.save_every, config.steps, config.keep, self.stats)
+        core = {
+            "data": sampler,
+            "averaging": Averaging(config.ema),
+            "decay": LinearDecay(config.decay_from, config.steps),
+            "stats": self.stats,
+            "metrics": self.metrics,
+            "reporter": reporter,
+            "evaluator": self.evaluator,
+            "saver": self.saver,
+        }
+        self.gan, sources = assemble(config, data.shape, core)
+        self.gan.next_real = sampler
+        self.gan.build()
+        if device.type == "cuda":
+            self.gan.manager.meter.clock = _cuda_clock
+        threads = choose_threads(self.gan) if config.threads == "auto" else config.threads
+        torch.set_num_threads(threads)
+        self.config = replace(config, threads=threads, device="cuda" if device.type == "cuda" else "cpu")
+        self.plugins = {s.name: {"distribution": s.distribution, "version": s.version} for s in sources}
+        self.saver.facts = {
+            "config": configuration.plain(self.config),
+            "plugins": self.plugins,
+            "gankit": __version__,
+        }
+
+    def record(self) -> None:
+        """Write what is known before the first step."""
+        run, data = self.run, self.data
+        write_atomic(run.path / "config.toml", configuration.to_toml(self.config))
+        run.write_json("plugins.json", self.plugins)
+        run.write_json("env.json", environment(self.gan.device))
+        run.write_json("data.json", {**asdict(datasets.summary(data)), "shape": data.shape})
+        if data.is_image:
+            pictures.save_png(pictures.image_grid(data.held_out(64).cpu(), 8), run.samples / "reals.png")
+        run.append("metrics.jsonl", {"step": None, **self.metrics.truth()})
+
+    def restore(self, checkpoint: Path, changeable: tuple[str, ...] = ()) -> None:
+        """Continue from a checkpoint of this run; UsageError when settings or plugins are not what they were."""
+        state = self.run.load_state(checkpoint)
+        changed = configuration.differences(state["facts"], self.saver.facts)
+        changed = [
+            change for change in changed if not change.startswith(tuple(f"{name}:" for name in changeable))
+        ]
+        if changed:
+            raise UsageError(
+                f"{self.run.path} cannot be continued, because this has changed since its checkpoint: "
+                f"{'; '.join(changed)}"
+            )
+        self.gan.load_weights(self.run.load_weights(checkpoint, self.gan.weights()))
+        self.gan.load_state_dict(state)
+        self.run.trim(self.gan.step)
+        self.saver.saved = self.gan.step
+
+    def train(self) -> Result:
+        """Train to the end or to a signal, and record how it ended."""
+        started = time.perf_counter()
+        self.reporter.start(self.gan, self.run, self.steps)
+        try:
+            with stoppable(self.gan) as received:
+                train(self.gan, self.steps)
+                if self.saver.saved != self.gan.step:
+                    self.saver.now(self.gan)
+        finally:
+            self.reporter.stop()
+        truth, *evaluations = self.run.rows("metrics.jsonl")
+        result = Result(
+            run=self.run,
+            status="finished" if self.gan.step >= self.steps else "interrupted",
+            step=self.gan.step,
+            steps=self.steps,
+            metrics={k: v for k, v in evaluations[-1].items() if k != "step"} if evaluations else {},
+            truth={k: v for k, v in truth.items() if k != "step"},
+            stats=self.stats.last,
+            seconds=time.perf_counter() - started,
+            plugins=list(self.plugins),
+            signal=received[0] if received else None,
+        )
+        self.run.write_json("summary.json", result.plain())
+        with suppress(UsageError):  # matplotlib is an extra
+            pictures.curves(
+                {"training": self.run.rows("stats.jsonl"), "metrics": evaluations},
+                self.run.path / "curves.png",
+            )
+        return result
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What else a result depends on: versions, machine, command."""
+    packages = ("torch", "numpy", "scipy", "pluggy", "safetensors", "pillow")
+    return {
+        "gankit": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "arguments": sys.argv[1:],
+    }
+
+
+def _cuda_clock() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@contextmanager
+def stoppable(gan: GAN) -> Iterator[list[int]]:
+    """SIGINT and SIGTERM end training after the running step; a second one aborts. Yields the signals received."""
+    received: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        gan.stop = True
+
+    before: dict[int, Any] = {}
+    with suppress(ValueError):  # outside the main thread the caller looks after signals
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def read_data(config: Config, reporter: Reporter) -> Dataset:
+    """The data set a configuration names."""
+    return datasets.load(
+        config.data, data_root=config.data_root, image_size=config.image_size, progress=reporter.loading
+    )
+
+
+def start(config: Config, reporter: Reporter) -> Result:
+    """``gankit run``: data, networks, folder, training."""
+    data = read_data(config, reporter)
+    config = configuration.resolve(config, data.shape)
+    reporter.data(datasets.summary(data))
+    label = "-".join([data.name, *(Path(name.rpartition(":")[2]).name for name in config.plugin)])
+    run = RunDir.create(Path(config.out), config.name, label)
+    try:
+        session = Session(config, data, run, reporter)
+        session.record()
+    except BaseException:
+        run.remove()
+        raise
+    return session.train()
+
+
+def dry_run(config: Config, reporter: Reporter) -> Session:
+    """Everything ``start`` does before it writes: data, networks, plugins, refusals."""
+    data = read_data(config, reporter)
+    config = configuration.resolve(config, data.shape)
+    reporter.data(datasets.summary(data))
+    return Session(config, data, RunDir(Path(config.out)), reporter)
+
+
+# -- finished runs -------------------------------------------------------------------------------------------------
+
+
+def recorded_config(run: RunDir) -> Config:
+    """The configuration in a run's folder."""
+    return configuration.make(*configuration.read_toml(run.path / "config.toml"))
+
+
+def resume(run: RunDir, reporter: Reporter, steps: int | None = None) -> Result:
+    """``gankit resume``: continue from the latest checkpoint, bit for bit; ``steps`` sets a new end."""
+    config = recorded_config(run)
+    extended = replace(config, steps=steps or config.steps)
+    session = Session(extended, read_data(config, reporter), run, reporter)
+    session.restore(run.checkpoint("latest"), changeable=("config.steps",) if steps else ())
+    if steps:
+        write_atomic(run.path / "config.toml", configuration.to_toml(session.config))
+    return session.train()
+
+
+def load(run: RunDir, checkpoint: str | None = None, device: Device = "auto") -> tuple[GAN, Config]:
+    """The networks of a recorded run, without its data; ``checkpoint``: "best" (the default), "latest" or a step."""
+    config = replace(recorded_config(run), device=device)
+    assert config.ema is not None
+    shape = tuple(run.read_json("data.json")["shape"])
+    gan, _ = assemble(config, shape, {"averaging": Averaging(config.ema)})
+    gan.build()
+    folder = run.checkpoint(checkpoint)
+    gan.load_weights(run.load_weights(folder, gan.weights()))
+    gan.step = int(folder.name.split("-")[1])
+    return gan, config
+
+
+def evaluate(
+    run: RunDir,
+    reporter: Reporter,
+    checkpoint: str | None = None,
+    device: Device = "auto",
+    samples: int | None = None,
+) -> tuple[int, dict[str, float], dict[str, float]]:
+    """Step and metrics of a recorded run's checkpoint, and the true data's own on the same number of samples."""
+    gan, config = load(run, checkpoint, device)
+    data = read_data(config, reporter).to(gan.device)
+    assert config.eval_samples is not None
+    metrics = Metrics(data, samples or config.eval_samples)
+    gan.manager.register(metrics, "metrics")
+    return gan.step, measure(gan), metrics.truth()
+
+
+def sample(
+    run: RunDir,
+    n: int,
+    to: str | None = None,
+    seed: int = 0,
+    checkpoint: str | None = None,
+    device: Device = "auto",
+) -> Path:
+    """Write n samples of a recorded run's generator to a .png, .npy, .npz or .csv file, and return its path."""
+    path = Path(to) if to else run.path / "samples.png"
+    if path.suffix not in (".png", ".npy", ".npz", ".csv"):
+        raise UsageError(f"samples go to a .png, .npy, .npz or .csv file, not {path.name!r}")
+    gan, _ = load(run, checkpoint, device)
+    samples = gan.draw(n, torch.Generator(gan.device).manual_seed(derive_seed(seed, "sample"))).cpu()
+    if path.suffix == ".png":
+        is_image = samples.dim() == 4
+        made = pictures.image_grid(samples) if is_image else pictures.scatter(None, samples)
+        pictures.save_png(made, path)
+        return path
+    buffer = io.BytesIO()
+    if path.suffix == ".npz":
+        np.savez(buffer, x=samples.numpy())
+    elif path.suffix == ".npy":
+        np.save(buffer, samples.numpy())
+    else:
+        np.savetxt(buffer, samples.flatten(1).numpy(), delimiter=",", fmt="%.8g")
+    write_atomic(path, buffer.getvalue())
+    return path

@@ -1,0 +1,229 @@
+"""What a person sees while and after a run: rich output on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from gankit.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from gankit.data import Summary
+    from gankit.gan import GAN
+    from gankit.run import Result, Session
+    from gankit.rundir import RunDir
+    from gankit.training import Stats
+
+# How a metric is written, what it means, and whether more of it is better.
+METRICS: dict[str, tuple[str, str]] = {
+    "modes": ("modes captured", "{:.0f}"),
+    "high_quality": ("high quality", "{:.1%}"),
+    "reverse_kl": ("reverse KL", "{:.4f}"),
+    "jsd": ("Jensen-Shannon", "{:.4f}"),
+    "sliced_wasserstein": ("sliced Wasserstein", "{:.4f}"),
+    "energy_distance": ("energy distance", "{:.5f}"),
+}
+REFRESH = 0.25  # seconds between redraws of the bar: drawing competes with training for the interpreter
+PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
+
+
+def shown(name: str, value: float | None) -> str:
+    """A metric's value as a person reads it."""
+    return "-" if value is None else METRICS.get(name, (name, "{:.4g}"))[1].format(value)
+
+
+def label(name: str) -> str:
+    """A metric's name as a person reads it."""
+    return METRICS.get(name, (name.replace("_", " "), ""))[0]
+
+
+class Terminal:
+    """Progress of a run on a console; implements ``gankit.run.Reporter``."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bar: Progress | None = None
+        self.stats: Stats | None = None
+        self.latest = ""
+        self.steps = 0
+        self.first = 0
+        self.started = self.drawn = time.perf_counter()
+
+    def loading(self, done: int, total: int) -> None:
+        """Redraw one line of progress while files are read."""
+        now = time.perf_counter()
+        if self.console.is_terminal and (done == total or now - self.drawn > REFRESH):
+            self.drawn = now
+            self.console.print(f"reading {done}/{total}", end="\n" if done == total else "\r")
+
+    def data(self, summary: Summary) -> None:
+        """The summary of the data, with its warnings."""
+        low, high = summary.value_range
+        shape = "x".join(map(str, summary.shape))
+        self.console.print(
+            f"[bold]{summary.name}[/]: {summary.count:,} samples of {shape}, values {low:.4g} to {high:.4g}, "
+            f"{summary.held_out:,} held out",
+            highlight=False,
+        )
+        if summary.class_histogram:
+            classes = list(summary.class_histogram.items())
+            text = ", ".join(f"{name} {count:,}" for name, count in classes[:12])
+            more = f", and {len(classes) - 12} more" if len(classes) > 12 else ""
+            self.console.print(f"  classes: {text}{more}", highlight=False, soft_wrap=True)
+        for warning in summary.warnings:
+            self.console.print(f"  [yellow]warning:[/] {warning}", highlight=False, soft_wrap=True)
+
+    def start(self, gan: GAN, run: RunDir, steps: int) -> None:
+        """Say what trains where, and show the bar."""
+        self.stats = gan.manager.get_plugin("stats")
+        self.steps, self.first = steps, gan.step
+        self.console.print(networks_line(gan), highlight=False, soft_wrap=True)
+        self.console.print(f"run: [bold]{run.path}[/]", highlight=False, soft_wrap=True)
+        self.started = self.drawn = time.perf_counter()
+        if self.console.is_terminal:
+            columns = (BarColumn(None), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+            self.bar = Progress(
+                *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=True),
+                console=self.console, auto_refresh=False, expand=True,
+            )  # fmt: skip
+            self.bar.start()
+            self.task = self.bar.add_task("", total=steps, completed=gan.step, text="")
+
+    @hookimpl
+    def post_step(self, gan: GAN, phase: str, step: int) -> None:
+        """Move the bar, or print a line now and then."""
+        now = time.perf_counter()
+        if phase == "d" or now - self.drawn < (REFRESH if self.bar else PLAIN_EVERY):
+            return
+        self.drawn = now
+        if self.bar:
+            self.bar.update(self.task, completed=step, text=self.text(), refresh=True)
+        else:
+            left = (now - self.started) / (step - self.first) * (self.steps - step)
+            self.console.print(f"step {step}/{self.steps}  {self.text()}  {left:.0f} s left", highlight=False)
+
+    def text(self) -> str:
+        """Losses and the latest metrics."""
+        stats = self.stats.last if self.stats else {}
+        losses = f"D {stats['d_loss']:.3f}  G {stats['g_loss']:.3f}" if stats else ""
+        return f"{losses}  {self.latest}".strip()
+
+    def metrics(self, step: int, found: Mapping[str, float]) -> None:
+        """The metrics of an evaluation."""
+        chosen = [name for name in ("modes", "high_quality") if name in found] or ["sliced_wasserstein"]
+        self.latest = "  ".join(f"{label(name)} {shown(name, found[name])}" for name in chosen)
+        if not self.bar:
+            self.console.print(f"step {step}/{self.steps}  {self.text()}", highlight=False)
+
+    def stop(self) -> None:
+        """Take the bar down."""
+        if self.bar:
+            self.bar.stop()
+
+
+def networks_line(gan: GAN) -> str:
+    """Players and their sizes, the loss, and the plugins that are on."""
+    sizes = ", ".join(
+        f"{name} {sum(p.numel() for p in player.module.parameters()):,}"
+        for name, player in gan.players.items()
+    )
+    return f"parameters: {sizes}; loss {gan.loss.name}; plugins: {', '.join(gan.plugins) or 'none'}"
+
+
+def metrics_table(found: Mapping[str, float], truth: Mapping[str, float]) -> Table:
+    """Generated samples beside true ones, which are the best to be hoped for."""
+    table = Table("metric", box=None, header_style="bold", pad_edge=False)
+    table.add_column("generated", justify="right")
+    table.add_column("true data", justify="right", style="dim")
+    for name, value in found.items():
+        table.add_row(label(name), shown(name, value), shown(name, truth.get(name)))
+    return table
+
+
+def terms_table(stats: Mapping[str, Any], owners: Iterable[str]) -> Table | None:
+    """Each term's value and share of the gradient, and each plugin's time; None without plugins."""
+    owners = list(owners)
+    if not owners or not stats:
+        return None
+    table = Table("loss term", box=None, header_style="bold", pad_edge=False)
+    table.add_column("value", justify="right")
+    table.add_column("share of gradient", justify="right")
+    for phase in "dg":
+        for key, value in stats.items():
+            if key.startswith(f"{phase}_loss/"):
+                name = key.split("/", 1)[1]
+                share = stats.get(f"gradient_share/{phase}/{name}")
+                table.add_row(
+                    f"{phase.upper()} {name}", f"{value:.4f}", "-" if share is None else f"{share:.0%}"
+                )
+    for name in owners:
+        ms = stats.get(f"ms/{name}")
+        cost = "-" if ms is None else f"{ms:.2f} of {stats['ms/step']:.2f} ms per step"
+        table.add_row(f"[dim]plugin {name}[/]", "", cost)
+    return table
+
+
+def show_result(console: Console, result: Result, plugins: Iterable[str]) -> None:
+    """The end of a run: tables, and where everything lies."""
+    console.print()
+    if result.metrics:
+        console.print(metrics_table(result.metrics, result.truth))
+        console.print()
+    terms = terms_table(result.stats, plugins)
+    if terms:
+        console.print(terms)
+        console.print()
+    pictures = sorted(result.run.samples.glob("fakes-*.png"))
+    console.print(f"{result.status} after step {result.step} of {result.steps} ({result.seconds:.1f} s)")
+    for name, path in [
+        ("picture", pictures[-1] if pictures else None),
+        ("curves", result.run.path / "curves.png"),
+    ]:
+        if path and path.exists():
+            console.print(f"{name}: {path}", highlight=False, soft_wrap=True)
+    verb = "continue" if result.status == "interrupted" else "sample"
+    command = "resume" if result.status == "interrupted" else "sample"
+    console.print(f"{verb}: gankit {command} {result.run.path}", highlight=False, soft_wrap=True)
+
+
+def show_order(console: Console, session: Session) -> None:
+    """Which hook calls what, in which order: the whole of a step."""
+    gan = session.gan
+    console.print("once:")
+    for hook in ("players", "setup"):
+        _show_hook(console, gan, hook)
+    times = f"{gan.d_steps} D updates" if gan.d_steps > 1 else "one D update"
+    console.print(f"every step, {times}:")
+    for hook in ("sample", "view", "critic", "pre_d_loss", "post_step"):
+        _show_hook(console, gan, hook)
+    console.print("then one G update:")
+    for hook in ("sample", "view", "critic", "post_g_loss", "post_step"):
+        _show_hook(console, gan, hook)
+    console.print(f"every {session.config.eval_every} steps:")
+    _show_hook(console, gan, "evaluate")
+
+
+RULES = {"sample": "first answer", "view": "first answer", "critic": "first answer", "players": "all collected",
+         "pre_d_loss": "all summed", "post_g_loss": "all summed", "evaluate": "all collected"}  # fmt: skip
+
+
+def _show_hook(console: Console, gan: GAN, hook: str) -> None:
+    impls = getattr(gan.hook, hook).get_hookimpls()[::-1]
+    wrappers = [impl.plugin_name for impl in impls if impl.wrapper]
+    plain = [impl.plugin_name for impl in impls if not impl.wrapper]
+    inner = " -> ".join(plain) or "nothing"
+    around = f"{' ( '.join(wrappers)} ( {inner}{' )' * len(wrappers)}" if wrappers else inner
+    rule = f"  [dim]{RULES[hook]}[/]" if hook in RULES else ""
+    console.print(f"  [bold]{hook:<12}[/] {around}{rule}", highlight=False, soft_wrap=True)

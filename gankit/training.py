@@ -1,0 +1,340 @@
+"""The core's own behaviour during training, as hook implementations: averaging, decay, logging, metrics, checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Generator, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gankit import metrics, pictures
+from gankit.data import Dataset
+from gankit.gan import GAN, derive_seed
+from gankit.hookspecs import hookimpl
+from gankit.rundir import RunDir
+
+# Prime, so that a term applied in every k-th step is met as often as it occurs.
+PROBE_EVERY = 47
+
+
+class Diverged(ArithmeticError):
+    """Training produced a value that is not finite; the message names step and term."""
+
+
+class Averaging:
+    """An exponential moving average of G: theta_ema <- decay theta_ema + (1 - decay) theta after every step.
+
+    The decay is min(decay, step / (step + 10)), so that the first average is not the initial network. Floating buffers
+    (batch-norm statistics) are averaged alike, others copied. ``decay = 0`` keeps no average.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+
+    @hookimpl(trylast=True)
+    def setup(self, gan: GAN) -> None:
+        """Start from a copy of the generator as plugins have set it up."""
+        if self.decay:
+            gan.averages["generator"] = copy.deepcopy(gan.generator).requires_grad_(False)
+            self._pairs(gan)
+
+    def _pairs(self, gan: GAN) -> None:
+        average, network = gan.averages["generator"], gan.generator
+        pairs = list(zip(_tensors(average), _tensors(network), strict=True))
+        self.averaged = [(a, b) for a, b in pairs if a.is_floating_point()]
+        self.copied = [(a, b) for a, b in pairs if not a.is_floating_point()]
+        self.of = network
+
+    @hookimpl
+    @torch.no_grad()
+    def post_step(self, gan: GAN, phase: str, step: int) -> None:
+        """One update of the average per step."""
+        if phase == "d" or not self.decay:
+            return
+        decay = min(self.decay, step / (step + 10))
+        targets, sources = zip(*self.averaged, strict=True)
+        torch._foreach_lerp_(targets, sources, 1 - decay)
+        for average, current in self.copied:
+            average.copy_(current)
+
+
+def _tensors(module: torch.nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+class LinearDecay:
+    """Learning rates that fall linearly to 0 over the steps after ``start``."""
+
+    def __init__(self, start: float, steps: int) -> None:
+        self.start = round(start * steps)
+        self.steps = steps
+
+    @hookimpl
+    def post_step(self, gan: GAN, phase: str, step: int) -> None:
+        """Set the rates of the next step."""
+        if phase == "d" or step <= self.start:
+            return
+        factor = (self.steps - step) / (self.steps - self.start)
+        for player, optimizer in gan.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = factor * gan.optim[player].lr
+
+
+class Stats:
+    """Losses by term, shares of the gradient, and costs, averaged between lines of ``stats.jsonl``.
+
+    Stops the run with :class:`Diverged` when a term is not finite: at once on a CPU, at the next line on a GPU, where
+    looking costs a synchronisation.
+    """
+
+    def __init__(self, every: int, write: Callable[[dict[str, Any]], None]) -> None:
+        self.every = every
+        self.write = write
+        self.last: dict[str, Any] = {}
+        self.shares: dict[str, float] = {}
+        self.backward_ms: dict[str, list[float]] = {}
+        self.sums: dict[str, Any] = {}
+        self.counts: dict[str, int] = {}
+        self.probed: tuple[int, str] | None = None
+        self.probes = 0
+        self.started = time.perf_counter()
+        self.steps = 0
+
+    @hookimpl
+    def post_step(self, gan: GAN, terms: Mapping[str, Tensor], phase: str, step: int) -> None:
+        """Add up the terms; write a line every ``every`` steps."""
+        on_cpu = gan.device.type == "cpu"
+        for name, term in terms.items():
+            value: Any = term.item() if on_cpu else term
+            if on_cpu and not math.isfinite(value):
+                raise Diverged(_diverged(step, phase, name, value))
+            key = f"{phase}_loss/{name}"
+            self.sums[key] = self.sums.get(key, 0.0) + value
+            self.counts[key] = self.counts.get(key, 0) + 1
+        if phase == "d":
+            return
+        self.steps += 1
+        meter = gan.manager.meter
+        self.probes += meter.on
+        meter.on = (step + 1) % PROBE_EVERY == 0
+        if step % self.every == 0:
+            self.line(gan, step)
+
+    def line(self, gan: GAN, step: int) -> None:
+        """Write what was gathered since the last line."""
+        means = {key: float(total) / self.counts[key] for key, total in self.sums.items()}
+        for key, value in means.items():
+            if not math.isfinite(value):
+                phase, name = key.split("_loss/")
+                raise Diverged(_diverged(step, phase, name, value))
+        totals = {
+            f"{phase}_loss": sum(v for key, v in means.items() if key.startswith(f"{phase}_loss/"))
+            for phase in "dg"
+        }
+        now = time.perf_counter()
+        self.last = {
+            "step": step,
+            **totals,
+            **means,
+            **{f"lr_{phase}": o.param_groups[0]["lr"] for phase, o in gan.optimizers.items()},
+            **self.shares,
+            **{f"ms/{name}": ms for name, ms in self.plugin_ms(gan).items()},
+            "ms/step": 1000 * (now - self.started) / max(self.steps, 1),
+        }
+        self.write(self.last)
+        self.sums, self.counts, self.started, self.steps = {}, {}, now, 0
+
+    def pause(self, seconds: float) -> None:
+        """Leave time spent on evaluation and checkpoints out of ``ms/step``."""
+        self.started += seconds
+
+    def plugin_ms(self, gan: GAN) -> dict[str, float]:
+        """Milliseconds per step by plugin: time inside its hooks plus the backward passes of its terms, on probed steps."""
+        seconds = gan.manager.meter.seconds
+        costs = {name: 1000 * seconds[name] / self.probes for name in seconds if self.probes}
+        for name, times in self.backward_ms.items():
+            costs[name] = costs.get(name, 0.0) + sum(times) / max(self.probes, 1)
+        return costs
+
+    @hookimpl(wrapper=True, tryfirst=True)
+    def pre_d_loss(
+        self, gan: GAN, real_logits: Tensor, fake_logits: Tensor, step: int
+    ) -> Generator[None, list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+        """On probed steps, the gradient's norm by term of D's loss."""
+        added = yield
+        if added and gan.manager.meter.on and self.probed != (step, "d"):
+            adv = gan.loss.d(real_logits, fake_logits)
+            self.probe(gan, "d", adv, added, step)
+        return added
+
+    @hookimpl(wrapper=True, tryfirst=True)
+    def post_g_loss(
+        self, gan: GAN, g_loss: Tensor, step: int
+    ) -> Generator[None, list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+        """On probed steps, the gradient's norm by term of G's loss."""
+        added = yield
+        if added and gan.manager.meter.on:
+            self.probe(gan, "g", g_loss, added, step)
+        return added
+
+    def probe(self, gan: GAN, phase: str, adv: Tensor, added: list[dict[str, Tensor]], step: int) -> None:
+        """Norm of each term's own gradient with respect to the phase's parameters, as a share of the norms' sum."""
+        self.probed = (step, phase)
+        terms = {"adv": adv, **dict(chain.from_iterable(map(dict.items, added)))}
+        norms, clock = {}, gan.manager.meter.clock
+        for name, term in terms.items():
+            started = clock()
+            gradients = torch.autograd.grad(term, gan.parameters(phase), retain_graph=True, allow_unused=True)
+            owner = gan.manager.owners[{"d": "pre_d_loss", "g": "post_g_loss"}[phase], name]
+            if owner != "core":
+                times = self.backward_ms.setdefault(owner, [])
+                times.append(1000 * (clock() - started) * (gan.d_steps if phase == "d" else 1))
+            norms[name] = math.sqrt(sum(g.square().sum().item() for g in gradients if g is not None))
+        total = sum(norms.values()) or 1.0
+        self.shares |= {f"gradient_share/{phase}/{name}": norm / total for name, norm in norms.items()}
+
+
+def _diverged(step: int, phase: str, name: str, value: float) -> str:
+    return f"step {step}: term {name!r} of the {'discriminator' if phase == 'd' else 'generator'}'s loss is {value}"
+
+
+class Metrics:
+    """Metrics every data set allows (sliced Wasserstein and energy distance to held-out data), and modes where known.
+
+    ``truth`` is the score of true training data in the generator's place: what a perfect generator would get.
+    """
+
+    def __init__(self, data: Dataset, n: int) -> None:
+        self.data = data
+        self.n = n
+        self.held_out = data.held_out(n)
+
+    def of(self, samples: Tensor) -> dict[str, float]:
+        """All metrics of (n, \\*shape) samples."""
+        found: dict[str, float] = {}
+        if self.data.modes is not None:
+            found |= metrics.mode_metrics(samples, self.data.modes.centers, self.data.modes.radius)
+        generator = torch.Generator().manual_seed(0)
+        found["sliced_wasserstein"] = metrics.sliced_wasserstein(samples, self.held_out, generator=generator)
+        found["energy_distance"] = metrics.energy_distance(samples[:2000], self.held_out[:2000])
+        return found
+
+    def truth(self) -> dict[str, float]:
+        """The metrics of training data."""
+        generator = torch.Generator().manual_seed(0)
+        index = torch.randperm(len(self.data), generator=generator)[: self.n]
+        return self.of(self.data.batch(index.to(self.held_out.device)))
+
+    @hookimpl
+    def evaluate(self, draw: Callable[[int], Tensor]) -> dict[str, float]:
+        """The metrics of generated samples."""
+        return self.of(draw(self.n))
+
+
+class Evaluator:
+    """Every ``every`` steps: all ``evaluate`` hooks, a line of ``metrics.jsonl``, and a picture."""
+
+    def __init__(
+        self, run: RunDir, data: Dataset, every: int, steps: int, stats: Stats, report: Callable[..., None]
+    ) -> None:
+        self.run, self.data, self.every, self.steps, self.stats = run, data, every, steps, stats
+        self.report = report
+        self.best = [-math.inf]
+        self.last: dict[str, float] = {}
+        self.improved = False
+
+    @hookimpl
+    def post_step(self, gan: GAN, phase: str, step: int) -> None:
+        """Evaluate when due, and at the end."""
+        if phase == "g" and (step == self.steps or (self.every and step % self.every == 0)):
+            self.now(gan)
+
+    def now(self, gan: GAN) -> dict[str, float]:
+        """Evaluate at once; ``improved`` tells whether this is the best so far."""
+        started = time.perf_counter()
+        self.last = measure(gan)
+        self.improved = goodness(self.last) > self.best
+        self.best = max(self.best, goodness(self.last))
+        self.run.append("metrics.jsonl", {"step": gan.step, **self.last})
+        picture(gan, self.data, self.run.samples / f"fakes-{gan.step:06d}.png")
+        self.report(gan.step, self.last)
+        self.stats.pause(time.perf_counter() - started)
+        return self.last
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best score so far."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Undo :meth:`state_dict`."""
+        self.best = state["best"]
+
+
+def measure(gan: GAN) -> dict[str, float]:
+    """All metrics of all ``evaluate`` hooks on the GAN as it is; always from the same latents."""
+
+    def draw(n: int) -> Tensor:
+        return gan.draw(n, torch.Generator(gan.device).manual_seed(derive_seed(gan.seed, "evaluate")))
+
+    found = gan.hook.evaluate(gan=gan, draw=draw, step=gan.step)
+    return {name: float(value) for result in found for name, value in result.items()}
+
+
+def goodness(found: Mapping[str, float]) -> list[float]:
+    """By what the best checkpoint is chosen: more modes, more of high quality, then less sliced Wasserstein distance."""
+    return [found.get("modes", 0.0), found.get("high_quality", 0.0), -found["sliced_wasserstein"]]
+
+
+def picture(gan: GAN, data: Dataset, path: Any) -> None:
+    """What the generator makes now: points over the true ones, or a grid beside true images; always the same latents."""
+    stream = torch.Generator(gan.device).manual_seed(derive_seed(gan.seed, "picture"))
+    if data.is_image:
+        columns = 8
+        fake, real = gan.draw(columns**2, stream).cpu(), data.held_out(columns**2).cpu()
+        made = pictures.side_by_side(pictures.image_grid(real, columns), pictures.image_grid(fake, columns))
+    else:
+        made = pictures.scatter(
+            data.held_out(2500).cpu(), gan.draw(2500, stream).cpu(), title=f"step {gan.step}"
+        )
+    pictures.save_png(made, path)
+
+
+class Saver:
+    """Checkpoints every ``every`` steps and at the end; keeps the latest few and the best."""
+
+    def __init__(
+        self, run: RunDir, evaluator: Evaluator, every: int, steps: int, keep: int, stats: Stats
+    ) -> None:
+        self.run, self.evaluator, self.every, self.steps, self.keep = run, evaluator, every, steps, keep
+        self.stats = stats
+        self.facts: dict[str, Any] = {}  # settings and versions, compared when the run is continued
+        self.saved = 0
+
+    @hookimpl
+    def post_step(self, gan: GAN, phase: str, step: int) -> None:
+        """Save when due, at the end, and whenever an evaluation was the best so far."""
+        if phase == "d":
+            return
+        if step == self.steps or (self.every and step % self.every == 0) or self.evaluator.improved:
+            self.now(gan)
+
+    def now(self, gan: GAN) -> None:
+        """Save at once, unless a weight is not finite."""
+        started = time.perf_counter()
+        weights = gan.weights()
+        for network, tensors in weights.items():
+            for key, tensor in tensors.items():
+                if tensor.is_floating_point() and not tensor.isfinite().all():
+                    raise Diverged(f"step {gan.step}: weight {key!r} of the {network} is not finite")
+        path = self.run.save(weights, {**gan.state_dict(), "facts": self.facts}, gan.step)
+        self.saved = gan.step
+        if self.evaluator.improved:
+            self.run.link("best", path)
+            self.evaluator.improved = False
+        self.run.prune(self.keep)
+        self.stats.pause(time.perf_counter() - started)

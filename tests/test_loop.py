@@ -1,0 +1,145 @@
+"""The loop: equal to a hand-written one bit for bit, short, flat, and free of method names."""
+
+import ast
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from handwritten import Loop
+
+from gankit import GAN, Latent, hookimpl, loop, train
+from gankit.gan import derive_seed
+from gankit.testing import run, tiny_gan
+
+
+@pytest.mark.parametrize("kind", ["vector", "image"])
+def test_without_plugins_it_equals_a_hand_written_loop_bit_for_bit(kind: str) -> None:
+    ours, twin = tiny_gan(kind), tiny_gan(kind)
+    train(ours, 10)
+    by_hand = Loop(twin.generator, twin.discriminator, twin.next_real, twin.next_z)
+    by_hand.train(10)
+    for mine, his in zip(ours.weights().values(), twin.weights().values(), strict=True):
+        assert mine.keys() == his.keys()
+        assert all(torch.equal(mine[key], his[key]) for key in mine)
+
+
+def test_the_file_is_one_screen() -> None:
+    tree = ast.parse(Path(loop.__file__).read_text())
+    docstrings = {
+        line
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.FunctionDef)) and ast.get_docstring(node)
+        for line in range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1)
+    }
+    code = {
+        line
+        for node in ast.walk(tree)
+        if hasattr(node, "lineno")
+        for line in range(node.lineno, (node.end_lineno or 0) + 1)
+    } - docstrings
+    lines = Path(loop.__file__).read_text().splitlines()
+    assert sum(1 for number in code if lines[number - 1].strip()) <= 60
+    branches = [node for node in ast.walk(tree) if isinstance(node, (ast.If, ast.IfExp, ast.Match, ast.Try))]
+    assert not branches  # no method, loss or data set is treated by name
+
+
+def test_one_frame_lies_between_train_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    backward = torch.autograd.backward
+
+    def spy(*args: object, **kwargs: object) -> None:
+        seen.append([frame.name for frame in traceback.extract_stack()])
+        backward(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.autograd, "backward", spy)
+    run({}, steps=1)
+    assert seen[0][-4:] == ["run", "train", "update", "spy"]
+
+
+class Draws:
+    """A plugin that consumes random numbers of its own and of the global generator."""
+
+    @hookimpl
+    def pre_d_loss(self, gan: GAN) -> None:
+        torch.rand(3, generator=gan.rng(self))
+        torch.rand(5)
+
+
+def test_a_plugin_shifts_neither_the_data_nor_the_latents_nor_another_plugins_stream() -> None:
+    class Records(Draws):
+        def __init__(self) -> None:
+            self.seen: list[torch.Tensor] = []
+
+        @hookimpl
+        def sample(self, gan: GAN, real: torch.Tensor, z: torch.Tensor) -> None:
+            if gan.step:  # not in the dry pass of the build
+                self.seen += [real, z, torch.rand(2, generator=gan.rng(self))]
+
+    alone, beside = Records(), Records()
+    run({"records": alone})
+    run({"draws": Draws(), "records": beside})
+    assert len(alone.seen) == 3 * 2 * 3
+    assert all(torch.equal(a, b) for a, b in zip(alone.seen, beside.seen, strict=True))
+
+
+def test_the_same_seed_gives_the_same_networks_whatever_the_global_generator_does() -> None:
+    first, _ = run({}, seed=3)
+    torch.rand(17)
+    again, _ = run({}, seed=3)
+    other, _ = run({}, seed=4)
+    for name, weights in first.weights().items():
+        assert all(torch.equal(weights[key], again.weights()[name][key]) for key in weights)
+        assert any(not torch.equal(weights[key], other.weights()[name][key]) for key in weights)
+
+
+def test_building_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(4)
+    torch.manual_seed(0)
+    tiny_gan("image")
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_streams_of_different_names_and_seeds_differ() -> None:
+    seeds = {derive_seed(seed, name) for seed in range(50) for name in ("data", "latent", "plugin:a")}
+    assert len(seeds) == 150
+
+
+def test_d_steps_and_unequal_rates() -> None:
+    from gankit import Optim
+
+    gan, log = run({}, steps=4, d_steps=3, optim={"d": Optim(1e-3), "g": Optim(1e-4)})
+    assert [phase for phase, _, _ in log.updates] == [*"dddg"] * 4
+    assert [gan.optimizers[phase].param_groups[0]["lr"] for phase in "dg"] == [1e-3, 1e-4]
+
+
+def test_a_users_own_modules_also_with_lazy_layers() -> None:
+    gan = GAN(
+        generator=torch.nn.Linear(2, 5),
+        discriminator=torch.nn.Sequential(torch.nn.LazyLinear(4), torch.nn.ReLU(), torch.nn.Linear(4, 1)),
+        shape=(5,),
+        latent=Latent(2),
+        batch_size=6,
+    )
+    gan.next_real = lambda: torch.ones(6, 5)
+    gan.build()
+    assert gan.discriminator[0].in_features == 5
+    train(gan, 2)
+    assert gan.step == 2
+
+
+def test_a_generator_of_the_wrong_shape_is_refused() -> None:
+    from gankit import UsageError
+
+    with pytest.raises(UsageError, match=r"shape \(4,\).*\(3,\)"):
+        tiny_gan(generator=torch.nn.Linear(4, 4))
+
+
+def test_every_loss_trains() -> None:
+    from gankit.config import LOSSES
+
+    for loss in LOSSES:
+        gan, log = run({}, loss=loss)
+        assert all(torch.isfinite(torch.tensor(terms["adv"])) for _, _, terms in log.updates)
+        assert gan.loss.name == loss

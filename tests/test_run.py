@@ -1,0 +1,339 @@
+"""Whole runs through the command line: what they write, how they end, how they continue."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from gankit import plugins
+from gankit.cli import main
+
+ROOT = Path(__file__).parents[1]
+IN_TREE = sorted(path.parent.name for path in (ROOT / "plugins").glob("*/pyproject.toml"))
+FAST = ["--steps", "12", "--batch", "16", "--width", "8", "--eval-every", "4", "--save-every", "5", "--log-every", "3",
+        "--eval-samples", "50", "--keep", "9"]  # fmt: skip
+
+
+def gankit(*arguments: str, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, list(arguments))
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def final_state(run: Path, step: int = 12) -> dict[str, torch.Tensor]:
+    """Everything in a checkpoint that must be equal bit for bit."""
+    folder = run / "checkpoints" / f"step-{step:06d}"
+    found = {
+        f"{file.stem}/{key}": tensor
+        for file in folder.glob("*.safetensors")
+        for key, tensor in safetensors.torch.load_file(file).items()
+    }
+    state = torch.load(folder / "state.pt", weights_only=True)
+
+    def walk(prefix: str, value: object) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                walk(f"{prefix}/{key}", item)
+        elif isinstance(value, list):
+            walk(prefix, dict(enumerate(value)))
+        else:
+            found[prefix] = value if isinstance(value, torch.Tensor) else torch.tensor(hash(str(value)))
+
+    walk("state", {k: v for k, v in state.items() if k != "facts"})
+    return found
+
+
+def assert_equal_states(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == two.keys()
+    assert [key for key in one if not torch.equal(one[key], two[key])] == []
+
+
+def test_a_run_writes_what_it_promises() -> None:
+    result = gankit("run", "--plugin", "gradient_penalty", "-o", "gradient_penalty.weight=3", *FAST)
+    run = Path("runs/00000-ring-gradient_penalty")
+    assert {p.name for p in run.iterdir()} == {
+        "config.toml", "plugins.json", "env.json", "data.json", "stats.jsonl", "metrics.jsonl", "summary.json",
+        "samples", "curves.png", "checkpoints",
+    }  # fmt: skip
+    assert json.loads((run / "plugins.json").read_text())["gradient_penalty"]["version"]
+    assert (
+        "weight = 3.0" in (run / "config.toml").read_text().replace('"', "")
+        or "weight" in (run / "config.toml").read_text()
+    )
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in metrics] == [None, 4, 8, 12]
+    assert metrics[0]["modes"] == 8
+    assert metrics[0].keys() == metrics[1].keys() == {
+        "step", "modes", "high_quality", "reverse_kl", "jsd", "sliced_wasserstein", "energy_distance"
+    }  # fmt: skip
+    stats = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in stats] == [3, 6, 9, 12]
+    last = stats[-1]
+    assert last["d_loss"] == pytest.approx(last["d_loss/adv"] + last["d_loss/gradient_penalty"])
+    with Image.open(run / "samples" / "fakes-000012.png") as picture:
+        assert picture.width > 300
+    assert {p.name for p in (run / "checkpoints").iterdir()} >= {
+        "step-000005",
+        "step-000012",
+        "latest",
+        "best",
+    }
+    assert "high quality" in result.output
+    assert "fakes-000012.png" in result.output
+    # the recorded configuration is one: it repeats the run bit for bit
+    gankit("run", "--config", str(run / "config.toml"), "--name", "again")
+    assert_equal_states(final_state(run), final_state(Path("runs/again")))
+
+
+def test_gradient_shares_and_milliseconds_are_measured() -> None:
+    gankit("run", "--plugin", "pairwise_gp", *FAST, "--steps", "50", "--log-every", "50")
+    (row,) = [
+        json.loads(line) for line in Path("runs/00000-ring-pairwise_gp/stats.jsonl").read_text().splitlines()
+    ]
+    assert row["gradient_share/d/adv"] + row["gradient_share/d/pairwise_gp"] == pytest.approx(1)
+    assert 0 < row["ms/pairwise_gp"] < 20 * row["ms/step"]
+
+
+@pytest.mark.parametrize("name", ["none", *IN_TREE])
+def test_a_continued_run_equals_one_that_never_stopped(name: str) -> None:
+    on = [] if name == "none" else ["--plugin", name]
+    gankit("run", *FAST, *on, "--name", "whole")
+    gankit("run", *FAST, *on, "--name", "parts", "--steps", "12")
+    parts = Path("runs/parts")
+    for folder in (parts / "checkpoints").glob("step-*"):  # as if it had been killed after step 5 was saved
+        if int(folder.name[5:]) > 5:
+            for file in folder.iterdir():
+                file.unlink()
+            folder.rmdir()
+    gankit("resume", "parts")
+    assert_equal_states(final_state(Path("runs/whole")), final_state(parts))
+    whole, continued = ((Path("runs") / run / "metrics.jsonl").read_text() for run in ("whole", "parts"))
+    assert whole == continued
+
+
+def spawn(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "gankit", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_a_run_killed_at_ten_random_moments_ends_in_the_same_weights() -> None:
+    settings = ["--plugin", "pairwise_gp", "--batch", "16", "--width", "8", "--steps", "900", "--save-every", "20",
+                "--eval-every", "60", "--eval-samples", "50", "--keep", "3"]  # fmt: skip
+    gankit("run", *settings, "--name", "whole")
+    process = spawn("run", *settings, "--name", "killed")
+    checkpoints = Path("runs/killed/checkpoints")
+    when = random.Random(0)
+    kills = 0
+    for _ in range(10):
+        before = {p.name for p in checkpoints.glob("step-*")}
+        while process.poll() is None and {p.name for p in checkpoints.glob("step-*")} <= before:
+            time.sleep(0.005)  # until it has got further than the last one
+        time.sleep(when.uniform(0, 0.15))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+        process = spawn("resume", "killed")
+    assert process.wait() == 0, process.stdout and process.stdout.read()
+    assert kills >= 5
+    assert_equal_states(final_state(Path("runs/whole"), 900), final_state(Path("runs/killed"), 900))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_leaves_a_resumable_run(number: signal.Signals) -> None:
+    settings = [
+        "--batch",
+        "16",
+        "--width",
+        "8",
+        "--steps",
+        "100000",
+        "--save-every",
+        "0",
+        "--eval-every",
+        "0",
+    ]
+    process = spawn("run", *settings, "--name", "stopped")
+    while not Path("runs/stopped/stats.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "interrupted after step" in output
+    assert "gankit resume runs/stopped" in output
+    (checkpoint,) = Path("runs/stopped/checkpoints").glob("step-*")
+    step = int(checkpoint.name[5:])
+    gankit("resume", "stopped", "--steps", str(step + 5))
+    assert Path(f"runs/stopped/checkpoints/step-{step + 5:06d}").is_dir()
+
+
+def test_resume_refuses_and_names_what_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    gankit("run", "--plugin", "gradient_penalty", *FAST, "--name", "r")
+    config = Path("runs/r/config.toml")
+    original = config.read_text()
+    config.write_text(original.replace("batch = 16", "batch = 32"))
+    message = gankit("resume", "r", code=2).output
+    assert "config.batch: 16 -> 32" in message
+    config.write_text(original)
+    monkeypatch.setattr(plugins, "distribution_of", lambda entry_point: ("gankit-gradient-penalty", "9.9"))
+    message = gankit("resume", "r", code=2).output
+    assert re.search(r"plugins\.gradient_penalty\.version: '.+' -> '9\.9'", message)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_term_and_keeps_the_last_good_checkpoint() -> None:
+    Path("bad.py").write_text(
+        "from gankit import hookimpl\n"
+        "class Bad:\n"
+        "    @hookimpl\n"
+        "    def pre_d_loss(self, real_logits, step):\n"
+        "        return {'bad': real_logits.mean() * (float('nan') if step == 8 else 0.0)}\n"
+    )
+    output = gankit("run", "--plugin", "./bad.py:Bad", *FAST, "--name", "r", code=1).output
+    assert "step 8: term 'bad' of the discriminator's loss is nan" in output
+    assert "step-000005" in output
+    steps = sorted(p.name for p in Path("runs/r/checkpoints").glob("step-*"))
+    assert steps[-1] == "step-000005"
+    assert all(
+        bool(t.isfinite().all()) for t in final_state(Path("runs/r"), 5).values() if t.is_floating_point()
+    )
+
+
+def test_sample_and_evaluate() -> None:
+    gankit("run", *FAST, "--name", "r")
+    assert "64 samples: runs/r/samples.png" in gankit("sample", "r").output
+    gankit("sample", "r", "-n", "10", "--to", "x.npy", "--seed", "1")
+    gankit("sample", "r", "-n", "10", "--to", "x.csv", "--seed", "1")
+    gankit("sample", "r", "-n", "10", "--to", "y.npz", "--seed", "2")
+    x = np.load("x.npy")
+    assert x.shape == (10, 2)
+    np.testing.assert_allclose(np.loadtxt("x.csv", delimiter=","), x, rtol=1e-6)
+    assert not np.array_equal(np.load("y.npz")["x"], x)
+    recorded = json.loads(Path("runs/r/metrics.jsonl").read_text().splitlines()[-1])
+    found = json.loads(gankit("evaluate", "r", "--checkpoint", "latest", "--json").stdout)
+    assert found["step"] == recorded.pop("step") == 12
+    assert found["metrics"] == pytest.approx(recorded, rel=1e-6)
+    assert found["truth"]["modes"] == 8
+    gankit("sample", "r", "--to", "x.jpg", code=2)
+
+
+def test_dry_run_writes_nothing_and_explain_shows_the_order() -> None:
+    output = gankit("run", "--dry-run", "--plugin", "pairwise_gp", *FAST).output
+    assert "encoder" in output
+    output = gankit("explain", "--plugin", "gradient_penalty", "--plugin", "pairwise_gp", *FAST).output
+    assert re.search(r"pre_d_loss +stats \( gradient_penalty -> pairwise_gp \)", output)
+    assert re.search(r"view +pairwise_gp \( core \)", output)
+    assert not Path("runs").exists()
+
+
+def test_a_refused_run_leaves_no_folder() -> None:
+    Path("refuses.py").write_text(
+        "from gankit import UsageError, hookimpl\n"
+        "class Refuses:\n"
+        "    @hookimpl\n"
+        "    def setup(self):\n"
+        "        raise UsageError('it cannot be')\n"
+    )
+    assert "it cannot be" in gankit("run", "--plugin", "./refuses.py:Refuses", code=2).output
+    assert not list(Path("runs").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--plugin", "pairwise_pg"], "did you mean 'pairwise_gp'"),
+        (["run", "--plugin", "bigan", "-o", "bigan.encodr=x"], "did you mean 'encoder'"),
+        (["run", "-o", "weight=3"], "plugin.option=value"),
+        (["run", "--data", "rign"], "ring"),
+        (["run", "--set", "stepps=3"], "did you mean 'steps'"),
+        (["run", "--steps", "many"], "steps must be whole number"),
+        (["run", "--stepps", "3"], "--steps"),
+        (["run", "--loss", "hing"], "loss must be"),
+        (["run", "--loss", "hinge", "-o", "loss.a=1"], "hinge"),
+        (["run", "--generator", "nowhere.py:g"], "nowhere.py"),
+        (["rum"], "did you mean 'run'"),
+        (["resume", "7"], "no run 7"),
+        (["sample"], "no run"),
+        (["plugins", "show", "bigann"], "did you mean 'bigan'"),
+        (["run", "--config", "none.toml"], "cannot read"),
+        (["run", "--device", "cuda"], "cpu"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_sentence_with_exit_code_2(arguments: list[str], message: str) -> None:
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    output = gankit(*arguments, code=2).output
+    assert message in output
+    assert "Traceback" not in output
+    assert not Path("runs").exists() or not list(Path("runs").iterdir())
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write anywhere")
+def test_an_unwritable_folder_is_one_sentence() -> None:
+    Path("locked").mkdir(mode=0o500)
+    assert "locked" in gankit("run", "--out", "locked/runs", *FAST, code=2).output
+
+
+def test_a_file_in_the_way_of_the_folder_is_one_sentence() -> None:
+    Path("runs").write_text("")
+    assert "runs" in gankit("run", *FAST, code=2).output
+
+
+def test_settings_from_file_set_and_flags_in_this_order() -> None:
+    Path("c.toml").write_text(
+        'steps = 3\nbatch = 4\nlr-g = 0.5\nplugin = ["bigan"]\n[options.loss]\na = -1\nb = 1\nc = 0'
+    )
+    arguments = ["run", "--dry-run", "--json", "--config", "c.toml", "--set", "batch=5", "--set", "seed=9"]
+    found = json.loads(gankit(*arguments, "--seed", "2", "--loss", "least-squares").stdout)
+    expected = {"steps": 3, "batch": 5, "lr_g": 0.5, "seed": 2, "plugin": ["bigan"], "loss": "least_squares"}
+    assert {key: found[key] for key in expected} == expected
+    assert found["options"]["loss"] == {"a": -1, "b": 1, "c": 0}
+
+
+def test_plugins_show() -> None:
+    found = json.loads(gankit("plugins", "show", "gradient_penalty", "--json").stdout)
+    assert found["options"]["weight"] == {"type": "number", "default": 10.0, "help": "lambda of eq. 3"}
+    assert "1704.00028" in found["paper"]
+    assert "x~" in gankit("plugins", "show", "pairwise_gp").output
+
+
+def test_json_is_alone_on_standard_output() -> None:
+    found = json.loads(gankit("run", *FAST, "--json").stdout)
+    assert found["status"] == "finished"
+    assert found["truth"]["modes"] == 8
+
+
+def test_ones_own_networks_and_data() -> None:
+    Path("mine.py").write_text(
+        "import torch\n"
+        "def generator(shape, z_dim): return torch.nn.Linear(z_dim, shape[0])\n"
+        "def discriminator(shapes): return torch.nn.Linear(sum(s[0] for s in shapes), 1)\n"
+        "def data(): return torch.rand(50, 3, generator=torch.Generator().manual_seed(0))\n"
+    )
+    gankit("run", "--data", "./mine.py:data", "--generator", "./mine.py:generator", "--discriminator",
+           "./mine.py:discriminator", "--plugin", "bigan", *FAST)  # fmt: skip
+    (run,) = Path("runs").iterdir()
+    weights = safetensors.torch.load_file(run / "checkpoints" / "latest" / "discriminator.safetensors")
+    assert weights["weight"].shape == (1, 3 + 64)
