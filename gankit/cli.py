@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from gankit import __version__
-from gankit.config import Config, Device, make, read_toml
+from gankit.config import RECIPES, Config, Device, make, read_toml
 from gankit.errors import UsageError
 from gankit.options import Option, closest, options_of, type_name
 from gankit.plugins import available, distribution_of, find
@@ -74,9 +74,7 @@ class Commands(click.Group):
         """Suggest the closest command for a misspelt one."""
         name = click.utils.make_str(args[0])
         if self.get_command(ctx, name) is None and not name.startswith("-"):
-            raise Failure(
-                f"no command {name!r}{closest(name, self.commands)}; there are {', '.join(self.commands)}"
-            )
+            raise Failure(f"no command {name!r}{closest(name, self.commands)}; there are {', '.join(self.commands)}")
         return super().resolve_command(ctx, args)
 
 
@@ -107,25 +105,23 @@ def main() -> None:
 
 
 def _flag(option: Option) -> Callable[[Any], Any]:
-    default = "by the data" if option.default is None and option.name in RECIPE_FIELDS else option.default
-    extra = f"  [{default}]" if default not in (None, (), {}) else ""
-    names = [f"--{option.name.replace('_', '-')}", option.name]
-    if option.name == "plugin":
-        names.insert(0, "-p")
+    """The flag of one field of the configuration: metavar by type, help with the default or the recipes' values."""
+    names = [f"--{option.name.replace('_', '-')}", option.name, *(["-p"] if option.name == "plugin" else [])]
+    short = {"whole number": "N", "number": "X", "text": "TEXT", "whole number or auto": "N|auto"}
+    metavar = type_name(option.annotation).removesuffix(" or none").replace("_", "-")
+    by_kind = [f"{kind} {recipe[option.name]}" for kind, recipe in RECIPES.items() if option.name in recipe]
+    default = ", ".join(by_kind) or option.default
     return click.option(
         *names,
-        metavar="NAME"
-        if option.name == "plugin"
-        else type_name(option.annotation).replace(" or none", "").upper(),
+        metavar={"plugin": "NAME", "loss": "NAME"}.get(option.name, short.get(metavar, metavar)),
         multiple=option.name == "plugin",
-        help=option.help + extra,
+        help=option.help + (f"  [{default}]" if default not in (None, (), {}) else "").replace("_", "-"),
     )
 
 
-RECIPE_FIELDS = {
-    "z_dim", "z", "ema", "steps", "batch", "lr_g", "lr_d", "beta1", "beta2", "decay_from", "width", "depth",
-    "eval_samples", "eval_every", "save_every",
-}  # fmt: skip
+OPTION_HELP = "set an option of a plugin, or of the loss (loss.a=-1)"
+SET_HELP = "set anything by its name in the TOML file: steps=100, gradient_penalty.weight=5"
+CONFIG_HELP = "read settings from a file; flags win over it"
 
 
 def settings(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -133,10 +129,10 @@ def settings(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed([option for option in options_of(Config).values() if option.name != "options"]):
         command = _flag(option)(command)
     extra = [
-        click.option("-o", "option", multiple=True, metavar="PLUGIN.OPTION=VALUE", help="set an option of a plugin, or of the loss (loss.a=-1)"),
-        click.option("--set", "set_", multiple=True, metavar="KEY=VALUE", help="set anything by its name in the TOML file: steps=100, gradient_penalty.weight=5"),
-        click.option("--config", "config_file", metavar="FILE.toml", help="read settings from a file; flags win over it"),
-    ]  # fmt: skip
+        click.option("-o", "option", multiple=True, metavar="PLUGIN.OPTION=VALUE", help=OPTION_HELP),
+        click.option("--set", "set_", multiple=True, metavar="KEY=VALUE", help=SET_HELP),
+        click.option("--config", "config_file", metavar="FILE.toml", help=CONFIG_HELP),
+    ]
     for decorator in extra:
         command = decorator(command)
     return command
@@ -187,9 +183,7 @@ def _finish(result: Any, as_json: bool, console: Console, plugins: Any) -> None:
         sys.exit(128 + result.signal)
 
 
-json_flag = click.option(
-    "--json", "as_json", is_flag=True, help="print the result as JSON; all else goes to stderr"
-)
+json_flag = click.option("--json", "as_json", is_flag=True, help="print the result as JSON; all else goes to stderr")
 device_flag = click.option(
     "--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]), help="where to compute"
 )
@@ -273,9 +267,7 @@ def sample(
 @checkpoint_flag
 @device_flag
 @json_flag
-def evaluate(
-    run: str | None, out: str, n: int | None, checkpoint: str | None, device: Device, as_json: bool
-) -> None:
+def evaluate(run: str | None, out: str, n: int | None, checkpoint: str | None, device: Device, as_json: bool) -> None:
     """Compute the metrics of a run again, beside those of the true data."""
     from gankit import run as running
     from gankit.rundir import RunDir, to_json
@@ -287,9 +279,7 @@ def evaluate(
     console.print(f"{found.path}, step {step}", highlight=False, soft_wrap=True)
     console.print(metrics_table(metrics, truth))
     if as_json:
-        click.echo(
-            to_json({"run": str(found.path), "step": step, "metrics": metrics, "truth": truth}), nl=False
-        )
+        click.echo(to_json({"run": str(found.path), "step": step, "metrics": metrics, "truth": truth}), nl=False)
 
 
 @main.command(cls=SectionedCommand)
@@ -347,8 +337,7 @@ def show(name: str, as_json: bool) -> None:
         "formula": getattr(factory, "formula", ""),
         "paper": getattr(factory, "paper", ""),
         "options": {
-            key: {"type": type_name(o.annotation), "default": _default(o), "help": o.help}
-            for key, o in options.items()
+            key: {"type": type_name(o.annotation), "default": _default(o), "help": o.help} for key, o in options.items()
         },
     }
     if as_json:
@@ -358,14 +347,10 @@ def show(name: str, as_json: bool) -> None:
     console.print(f"[bold]{source.name}[/]  {source.distribution} {source.version}", highlight=False)
     for key in ("summary", "formula", "paper"):
         if facts[key]:
-            console.print(
-                f"{'' if key == 'summary' else key + ': '}{facts[key]}", highlight=False, markup=False
-            )
+            console.print(f"{'' if key == 'summary' else key + ': '}{facts[key]}", highlight=False, markup=False)
     table = Table("option", "type", "default", "", box=None, header_style="bold", pad_edge=False)
     for key, option in options.items():
-        table.add_row(
-            f"{source.name}.{key}", type_name(option.annotation), str(_default(option)), option.help
-        )
+        table.add_row(f"{source.name}.{key}", type_name(option.annotation), str(_default(option)), option.help)
     console.print()
     console.print(table if options else "no options")
 

@@ -50,20 +50,20 @@ class Config:
         tuple[str, ...],
         "switch a plugin on: a name from `gankit plugins`, file.py:Class or module:Class; repeatable",
     ] = ()
-    loss: Annotated[LossName, "adversarial loss; its own options: -o loss.a=-1"] = "non_saturating"
+    loss: Annotated[
+        LossName,
+        "non-saturating, saturating, least-squares (-o loss.a=0 -o loss.b=1 -o loss.c=1), wasserstein, hinge, relativistic"
+        " or relativistic-average",
+    ] = "non_saturating"
 
-    network: Annotated[
-        Literal["auto", "mlp", "dcgan", "resnet"], "family of networks; auto: mlp or dcgan"
-    ] = "auto"
+    network: Annotated[Literal["auto", "mlp", "dcgan", "resnet"], "family of networks; auto: mlp or dcgan"] = "auto"
     generator: Annotated[str | None, "your own: module:factory or file.py:factory(shape, z_dim)"] = None
     discriminator: Annotated[str | None, "your own: module:factory or file.py:factory(shapes)"] = None
     width: Annotated[int | None, "hidden units (mlp), channels next to the image (dcgan, resnet)"] = None
     depth: Annotated[int | None, "hidden layers of an mlp"] = None
     z_dim: Annotated[int | None, "dimensions of the latent"] = None
     z: Annotated[Literal["normal", "uniform"] | None, "prior of the latent; uniform is on (-1, 1)"] = None
-    ema: Annotated[
-        float | None, "decay per step of the averaged generator used for samples and metrics; 0: off"
-    ] = None
+    ema: Annotated[float | None, "decay per step of the averaged generator used for samples and metrics; 0: off"] = None
 
     steps: Annotated[int | None, "generator updates in all"] = None
     batch: Annotated[int | None, "samples per update"] = None
@@ -72,9 +72,7 @@ class Config:
     beta1: Annotated[float | None, "Adam's first momentum"] = None
     beta2: Annotated[float | None, "Adam's second momentum"] = None
     d_steps: Annotated[int, "discriminator updates per step (n_critic, n_dis)"] = 1
-    decay_from: Annotated[
-        float | None, "share of the steps after which both rates fall linearly to 0; 1: never"
-    ] = None
+    decay_from: Annotated[float | None, "share of the steps after which both rates fall linearly to 0; 1: never"] = None
 
     seed: Annotated[int, "same seed, same machine, same bits"] = 0
     device: Annotated[Device, "auto: cuda if there is one"] = "auto"
@@ -83,10 +81,10 @@ class Config:
     out: Annotated[str, "folder that collects runs"] = "runs"
     name: Annotated[str | None, "name of the run's folder; default: number, data, plugins"] = None
     log_every: Annotated[int, "steps between lines of stats.jsonl"] = 50
-    eval_every: Annotated[int | None, "steps between evaluations and sample pictures; 0: at the end only"] = (
-        None
-    )
-    save_every: Annotated[int | None, "steps between checkpoints; 0: at the end only"] = None
+    eval_every: Annotated[
+        int | None, "steps between evaluations and sample pictures; 0: at the end only  [a tenth of the steps]"
+    ] = None
+    save_every: Annotated[int | None, "steps between checkpoints; 0: at the end only  [a tenth of the steps]"] = None
     eval_samples: Annotated[int | None, "generated samples per evaluation"] = None
     keep: Annotated[int, "latest checkpoints to keep, besides the best"] = 2
 

@@ -50,9 +50,7 @@ def watched(view: View) -> View:
     Tensors that carry a graph stay as they are; the others become leaves that share their memory.
     """
     real, fake = (
-        tuple(
-            t if t.requires_grad or not t.is_floating_point() else t.detach().requires_grad_() for t in side
-        )
+        tuple(t if t.requires_grad or not t.is_floating_point() else t.detach().requires_grad_() for t in side)
         for side in view
     )
     return View(real, fake)
@@ -72,9 +70,7 @@ def _batch(value: Any) -> None:
     if not isinstance(value, Batch) or not all(isinstance(t, Tensor) for t in value[:3]):
         raise TypeError(f"must return a Batch of tensors, not {_describe(value)}")
     if value.real.shape != value.fake.shape or len(value.z) != len(value.real):
-        shapes = ", ".join(
-            f"{name} {tuple(t.shape)}" for name, t in zip(Batch._fields, value[:3], strict=False)
-        )
+        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in zip(Batch._fields, value[:3], strict=False))
         raise ValueError(
             f"must return a Batch whose real and fake have one shape and whose z has one row each: {shapes}"
         )
@@ -106,9 +102,7 @@ def _terms(value: Any) -> None:
         if not isinstance(term, Tensor) or term.dim() or not term.is_floating_point():
             raise TypeError(f"must return 0-dim floating tensors; term {name!r} is {_describe(term)}")
         if torch.is_grad_enabled() and not term.requires_grad:
-            raise ValueError(
-                f"returned the term {name!r} cut off from every parameter: it would train nothing"
-            )
+            raise ValueError(f"returned the term {name!r} cut off from every parameter: it would train nothing")
 
 
 def _metrics(value: Any) -> None:

@@ -53,9 +53,7 @@ def norm_per_sample(tensors: Sequence[Tensor], eps: float = 0.0) -> Tensor:
 
     With eps = 0 the gradient at a zero sample is 0 instead of NaN.
     """
-    squares = sum(
-        (t.flatten(1).square().sum(1) for t in tensors[1:]), start=tensors[0].flatten(1).square().sum(1)
-    )
+    squares = sum((t.flatten(1).square().sum(1) for t in tensors[1:]), start=tensors[0].flatten(1).square().sum(1))
     if eps:
         return (squares + eps).sqrt()
     zero = squares == 0

@@ -34,11 +34,7 @@ class Latent:
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
         """(n, dim) float32 on the generator's device."""
         z = torch.empty(n, self.dim, device=generator.device)
-        return (
-            z.normal_(generator=generator)
-            if self.kind == "normal"
-            else z.uniform_(-1, 1, generator=generator)
-        )
+        return z.normal_(generator=generator) if self.kind == "normal" else z.uniform_(-1, 1, generator=generator)
 
 
 @dataclass
@@ -152,23 +148,33 @@ class GAN:
                 for name, player in found.items():
                     self._add(name, player.module, player.phase)
         shapes = tuple(t.shape[1:] for t in self.first_view().real)
-        self._add(
-            "discriminator", self._make("discriminator", self.discriminator, shapes=shapes, **known), "d"
-        )
-        if any(nn.parameter.is_lazy(p) for p in self.discriminator.parameters()):
-            with seeded(self.seed, "lazy"), torch.no_grad():
-                self.discriminator(*self.first_view().real)
+        self._add("discriminator", self._make("discriminator", self.discriminator, shapes=shapes, **known), "d")
+        self._try_discriminator()
         self.hook.setup(gan=self)
         self.make_optimizers()
         return self
+
+    def _try_discriminator(self) -> None:
+        """Score one view: lazy layers take shape, and a network that cannot do it is refused in one sentence."""
+        shown = self.first_view().real
+        self.discriminator.eval()
+        with seeded(self.seed, "lazy"), torch.no_grad():
+            try:
+                logits = self.discriminator(*shown)
+            except (TypeError, RuntimeError) as error:
+                shapes = ", ".join(str(tuple(t.shape)) for t in shown)
+                raise UsageError(
+                    f"the discriminator cannot score what it is shown, tensors of shape {shapes}: {error}"
+                ) from error
+        self.discriminator.train()
+        if not isinstance(logits, Tensor) or logits.shape[:1] != shown[0].shape[:1]:
+            raise UsageError("the discriminator must return one logit per sample it is shown, shape (B,) or (B, ...)")
 
     def _make(self, name: str, network: Network, **known: Any) -> nn.Module:
         with seeded(self.seed, name):
             module = network if isinstance(network, nn.Module) else call_with_accepted(network, **known)
         if not isinstance(module, nn.Module):
-            raise UsageError(
-                f"the {name} factory {network!r} returned a {type(module).__name__}, not a torch Module"
-            )
+            raise UsageError(f"the {name} factory {network!r} returned a {type(module).__name__}, not a torch Module")
         return module
 
     def _add(self, name: str, module: nn.Module, phase: str) -> None:
@@ -239,14 +245,12 @@ class GAN:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that moves besides :meth:`weights`: step, optimisers, random streams, plugins."""
-        stateful = {
-            name: plugin for name, plugin in self.manager.list_name_plugin() if hasattr(plugin, "state_dict")
-        }
+        stateful = {name: plugin for name, plugin in self.manager.list_name_plugin() if hasattr(plugin, "state_dict")}
         return {
             "step": self.step,
             "optimizers": {phase: optimizer.state_dict() for phase, optimizer in self.optimizers.items()},
             "rngs": {name: rng.get_state() for name, rng in self.rngs.items()},
-            "global_rng": torch.get_rng_state(),
+            "global_rngs": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
             "plugins": {name: plugin.state_dict() for name, plugin in stateful.items()},
         }
 
@@ -257,7 +261,8 @@ class GAN:
             optimizer.load_state_dict(state["optimizers"][phase])
         for name, value in state["rngs"].items():
             self.stream(name).set_state(value)
-        torch.set_rng_state(state["global_rng"])
+        torch.set_rng_state(state["global_rngs"][0])
+        torch.cuda.set_rng_state_all(state["global_rngs"][1:])
         for name, value in state["plugins"].items():
             plugin: Any = self.manager.get_plugin(name)
             plugin.load_state_dict(value)

@@ -48,9 +48,7 @@ def update(gan: GAN, phase: str, step: int) -> None:
         batch = gan.hook.sample(gan=gan, real=gan.next_real(), z=gan.next_z(), phase=phase, step=step)
         view = gan.hook.view(gan=gan, batch=batch, phase=phase, step=step)
     scene = {"batch": batch, "view": watched(view), "step": step}
-    critic = gan.hook.critic(
-        gan=gan, phase=phase, d_objective=lambda c: total(d_terms(gan, c, **scene)), **scene
-    )
+    critic = gan.hook.critic(gan=gan, phase=phase, d_objective=lambda c: total(d_terms(gan, c, **scene)), **scene)
     terms = TERMS[phase](gan, critic, **scene)
     torch.autograd.backward(total(terms), inputs=gan.parameters(phase))
     gan.optimizers[phase].step()

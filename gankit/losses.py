@@ -148,9 +148,7 @@ def _require_pairs(real_logits: Tensor, fake_logits: Tensor) -> None:
 
 def non_saturating() -> Loss:
     """Build the standard GAN with the non-saturating G loss (the default of gankit)."""
-    return Loss(
-        "non_saturating", logistic_d, non_saturating_g, mirrored=non_saturating_mirrored, real_target=1.0
-    )
+    return Loss("non_saturating", logistic_d, non_saturating_g, mirrored=non_saturating_mirrored, real_target=1.0)
 
 
 def saturating() -> Loss:
@@ -164,9 +162,7 @@ def least_squares(*, a: float = 0.0, b: float = 1.0, c: float = 1.0) -> Loss:
     a=-1, b=1, c=0 is the Pearson chi^2 divergence (section 3.2.2 there). `UsageError` unless a < b and a < c.
     """
     if not (a < b and a < c):
-        raise UsageError(
-            f"least_squares needs a < b and a < c (larger logits mean more real), not a={a}, b={b}, c={c}"
-        )
+        raise UsageError(f"least_squares needs a < b and a < c (larger logits mean more real), not a={a}, b={b}, c={c}")
     return Loss(
         "least_squares",
         partial(least_squares_d, a=a, b=b),

@@ -108,9 +108,7 @@ def _distances(x: Tensor, y: Tensor) -> Tensor:
     # the matrix-product form is 50 times faster for images, but loses half the digits of tiny distances; in float64
     # and between points of many dimensions that is far below anything measured here
     exact = x.shape[1] <= EXACT_DIMENSIONS
-    return torch.cdist(
-        x, y, compute_mode="donot_use_mm_for_euclid_dist" if exact else "use_mm_for_euclid_dist"
-    )
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist" if exact else "use_mm_for_euclid_dist")
 
 
 def _kl(p: Tensor, q: Tensor) -> float:

@@ -78,9 +78,7 @@ def discriminator(
     network = _resolve(network, first, width, depth)
     _choice("norm", norm, NORMS)
     if norm == "batch" and network != "dcgan":
-        raise UsageError(
-            f'norm="batch" is an option of the dcgan discriminator, not of {network}: use norm="none"'
-        )
+        raise UsageError(f'norm="batch" is an option of the dcgan discriminator, not of {network}: use norm="none"')
     joint = sum(math.prod(shape) for shape in further)
     if network == "mlp":
         features = math.prod(first) + joint
@@ -160,9 +158,7 @@ class ConvGenerator(nn.Module):
         channels = width * 2 ** (doublings - 1)
         self.base_shape = (channels, base, base)
         self.project = nn.Linear(z_dim, math.prod(self.base_shape))
-        layers: OrderedDict[str, nn.Module] = OrderedDict(
-            norm0=nn.BatchNorm2d(channels), activation0=nn.ReLU()
-        )
+        layers: OrderedDict[str, nn.Module] = OrderedDict(norm0=nn.BatchNorm2d(channels), activation0=nn.ReLU())
         for i in range(1, doublings):
             # no bias in front of a batch norm, which would remove it
             layers[f"up{i}"] = nn.ConvTranspose2d(channels, channels // 2, 4, 2, 1, bias=False)
@@ -263,9 +259,7 @@ class ResidualTrunk(nn.Module):
         halvings = max(1, math.ceil(math.log2(shape[1] / 8)))
         blocks: OrderedDict[str, nn.Module] = OrderedDict()
         for i in range(halvings + 2):
-            blocks[f"block{i}"] = DownBlock(
-                shape[0] if i == 0 else width, width, downsample=i < halvings, first=i == 0
-            )
+            blocks[f"block{i}"] = DownBlock(shape[0] if i == 0 else width, width, downsample=i < halvings, first=i == 0)
         self.layers = nn.Sequential(blocks)
         self.features = width
 

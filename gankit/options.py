@@ -82,9 +82,7 @@ def _convert(value: Any, annotation: Any) -> Any:
                 return choice
         raise ValueError
     if origin in (Union, types.UnionType):
-        if value is None or (
-            isinstance(value, str) and value.lower() in ("none", "") and type(None) in arguments
-        ):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "") and type(None) in arguments):
             return None
         for choice in (a for a in arguments if a is not type(None)):
             try:
@@ -93,9 +91,7 @@ def _convert(value: Any, annotation: Any) -> Any:
                 continue
         raise ValueError
     if origin in (tuple, list):
-        items = (
-            [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
-        )
+        items = [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
         return origin(_convert(item, arguments[0]) for item in items)
     if annotation is bool:
         text = str(value).lower()
@@ -108,9 +104,7 @@ def _convert(value: Any, annotation: Any) -> Any:
         number = float(value)
         if number != int(number):
             raise ValueError
-        return (
-            int(value) if not isinstance(value, str) or value.strip().lstrip("+-").isdigit() else int(number)
-        )
+        return int(value) if not isinstance(value, str) or value.strip().lstrip("+-").isdigit() else int(number)
     if annotation is float:
         if math.isnan(float(value)):
             raise ValueError
@@ -130,12 +124,8 @@ def build(schema: type, values: Mapping[str, Any], where: str) -> Any:
         if name not in known:
             listed = f"it has {', '.join(known)}" if known else "it has none"
             raise UsageError(f"{where} has no option {name!r}{closest(name, known)}; {listed}")
-    converted = {
-        name: convert(value, known[name].annotation, f"{where}.{name}") for name, value in values.items()
-    }
-    missing = [
-        name for name, option in known.items() if option.default is dataclasses.MISSING and name not in values
-    ]
+    converted = {name: convert(value, known[name].annotation, f"{where}.{name}") for name, value in values.items()}
+    missing = [name for name, option in known.items() if option.default is dataclasses.MISSING and name not in values]
     if missing:
         raise UsageError(f"{where} needs a value for {missing[0]!r}: -o {where}.{missing[0]}=...")
     try:

@@ -65,9 +65,7 @@ def image_grid(images: Tensor, columns: int | None = None) -> Image.Image:
     return Image.fromarray(canvas)
 
 
-def scatter(
-    real: Tensor | None, fake: Tensor, *, title: str = "", limits: Limits | None = None
-) -> Image.Image:
+def scatter(real: Tensor | None, fake: Tensor, *, title: str = "", limits: Limits | None = None) -> Image.Image:
     """Draw real samples in grey and fake ones in colour above them, on one square panel with equal axes.
 
     real None: the fake ones alone.
@@ -110,9 +108,7 @@ def scatter_limits(real: Tensor, fake: Tensor | None = None) -> Limits:
     return _limits(real_points, fake_points)
 
 
-def side_by_side(
-    left: Image.Image, right: Image.Image, labels: tuple[str, str] = ("real", "generated")
-) -> Image.Image:
+def side_by_side(left: Image.Image, right: Image.Image, labels: tuple[str, str] = ("real", "generated")) -> Image.Image:
     """Put two pictures next to each other, each under its label, for example two grids."""
     margin, head = 16, 44
     width = left.width + right.width + 3 * margin
@@ -133,9 +129,7 @@ def save_png(image: Image.Image, path: str | os.PathLike[str]) -> None:
     write_atomic(Path(path), buffer.getvalue())
 
 
-def curves(
-    groups: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.PathLike[str], *, x: str = "step"
-) -> None:
+def curves(groups: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.PathLike[str], *, x: str = "step") -> None:
     """Draw one small panel for each numeric column of each group over the column `x`, and save them to `path`.
 
     groups: {"losses": rows, "metrics": rows, ...}, rows as a run logs them: {"step": 10, "d/adv": 1.3, ...}. Columns
@@ -163,9 +157,7 @@ def curves(
     size = (3.7 * across, 2.45 * sum(heights) + 0.45 * len(panels))
     figure = Figure(size, dpi=110, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.06))
     parts = figure.subfigures(len(panels), 1, squeeze=False, height_ratios=heights).ravel()
-    for part, (group, columns), down, color in zip(
-        parts, panels.items(), heights, _cycle(len(panels)), strict=True
-    ):
+    for part, (group, columns), down, color in zip(parts, panels.items(), heights, _cycle(len(panels)), strict=True):
         part.suptitle(group, x=0.01, ha="left", fontsize=12, fontweight="bold", color=_hex(INK))
         axes = part.subplots(down, across, squeeze=False).ravel()
         for axis, (column, (steps, values)) in zip(axes[: len(columns)], columns.items(), strict=True):

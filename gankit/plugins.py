@@ -126,15 +126,11 @@ def _load_file(path: Path) -> ModuleType:
 
 def _checked_class(factory: Any, name: str) -> type:
     if not inspect.isclass(factory):
-        raise UsageError(
-            f"plugin {name!r} is a {type(factory).__name__}; it must be a class with hook implementations"
-        )
+        raise UsageError(f"plugin {name!r} is a {type(factory).__name__}; it must be a class with hook implementations")
     return factory
 
 
-def create(
-    specs: Iterable[str], options: Mapping[str, Mapping[str, Any]]
-) -> tuple[dict[str, object], list[Source]]:
+def create(specs: Iterable[str], options: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, object], list[Source]]:
     """The named plugins with their options, by name and in order, and where each came from."""
     sources = [find(spec) for spec in specs]
     names = [source.name for source in sources]
@@ -143,12 +139,8 @@ def create(
             raise UsageError(f"plugin {name!r} is named twice")
     for name in options:
         if name not in names:
-            raise UsageError(
-                f"options are given for {name!r}{closest(name, names)}, but --plugin {name} is not"
-            )
-    plugins = {
-        source.name: build(source.factory, options.get(source.name, {}), source.name) for source in sources
-    }
+            raise UsageError(f"options are given for {name!r}{closest(name, names)}, but --plugin {name} is not")
+    plugins = {source.name: build(source.factory, options.get(source.name, {}), source.name) for source in sources}
     return plugins, sources
 
 
@@ -172,9 +164,7 @@ class Manager(pluggy.PluginManager):
         super().__init__("gankit")
         self.add_hookspecs(hookspecs)
         self.meter = Meter()
-        self.owners: dict[tuple[str, str], str] = {
-            (hook, "adv"): "core" for hook in ("pre_d_loss", "post_g_loss")
-        }
+        self.owners: dict[tuple[str, str], str] = {(hook, "adv"): "core" for hook in ("pre_d_loss", "post_g_loss")}
 
 
 def manager(plugins: Mapping[str, object], core: Mapping[str, object]) -> Manager:
@@ -197,34 +187,26 @@ def manager(plugins: Mapping[str, object], core: Mapping[str, object]) -> Manage
         for caller in callers:
             for impl in caller.get_hookimpls():
                 if impl.plugin is plugin:
-                    wrapped = (_guard_wrapper if impl.wrapper else _guard)(
-                        impl.function, caller.name, name, pm
-                    )
+                    wrapped = (_guard_wrapper if impl.wrapper else _guard)(impl.function, caller.name, name, pm)
                     impl.function = wrapped  # type: ignore[misc]
     return pm
 
 
 def _validate(plugin: object, name: str) -> None:
     if inspect.isclass(plugin):
-        raise ContractError(
-            f"plugin {name!r} is the class {plugin.__name__}: give an instance, {plugin.__name__}()"
-        )
+        raise ContractError(f"plugin {name!r} is the class {plugin.__name__}: give an instance, {plugin.__name__}()")
     for attribute in dir(type(plugin)):
         method = inspect.getattr_static(plugin, attribute)
         marker = getattr(method, "gankit_impl", None)
         if attribute in hookspecs.NAMES and inspect.isfunction(method) and marker is None:
-            raise ContractError(
-                f"plugin {name!r}: its method {attribute} is no hook until it carries @gankit.hookimpl"
-            )
+            raise ContractError(f"plugin {name!r}: its method {attribute} is no hook until it carries @gankit.hookimpl")
         if marker is None:
             continue
         hook = marker.get("specname") or attribute
         if hook not in hookspecs.NAMES:
             raise ContractError(f"plugin {name!r}: there is no hook {hook!r}{closest(hook, hookspecs.NAMES)}")
         if marker.get("hookwrapper"):
-            raise ContractError(
-                f"plugin {name!r}, hook {hook}: use @hookimpl(wrapper=True), not hookwrapper=True"
-            )
+            raise ContractError(f"plugin {name!r}, hook {hook}: use @hookimpl(wrapper=True), not hookwrapper=True")
 
 
 def _explain(error: pluggy.PluginValidationError, name: str) -> str:
@@ -233,7 +215,9 @@ def _explain(error: pluggy.PluginValidationError, name: str) -> str:
         return f"plugin {name!r}: {error}"
     hook, unknown = match[1], match[2].replace("'", "").split(", ")[0]
     known = list(inspect.signature(getattr(hookspecs, hook)).parameters)
-    return f"plugin {name!r}, hook {hook}: no argument {unknown!r}{closest(unknown, known)}; it offers {', '.join(known)}"
+    return (
+        f"plugin {name!r}, hook {hook}: no argument {unknown!r}{closest(unknown, known)}; it offers {', '.join(known)}"
+    )
 
 
 def _note(error: Exception, plugin: str, hook: str) -> None:
@@ -253,9 +237,7 @@ def _check(value: Any, hook: str, plugin: str, pm: Manager) -> None:
         for name in value:
             owner = pm.owners.setdefault((hook, name), plugin)
             if owner != plugin:
-                raise ContractError(
-                    f"plugin {plugin!r}, hook {hook}: the name {name!r} is already used by {owner!r}"
-                )
+                raise ContractError(f"plugin {plugin!r}, hook {hook}: the name {name!r} is already used by {owner!r}")
 
 
 def _guard(function: Callable[..., Any], hook: str, plugin: str, pm: Manager) -> Callable[..., Any]:
@@ -302,9 +284,7 @@ def _guard_wrapper(function: Callable[..., Any], hook: str, plugin: str, pm: Man
             except StopIteration as done:
                 value = done.value
             else:
-                raise ContractError(
-                    f"plugin {plugin!r}, hook {hook}: a wrapper must yield only once"
-                ) from error
+                raise ContractError(f"plugin {plugin!r}, hook {hook}: a wrapper must yield only once") from error
         else:
             started = pm.meter.clock() if pm.meter.on else 0.0
             try:

@@ -34,7 +34,7 @@ from gankit.loop import train
 from gankit.plugins import Source, create, load_object
 from gankit.rundir import RunDir
 from gankit.sampler import Sampler
-from gankit.training import Averaging, Evaluator, LinearDecay, Metrics, Saver, Stats, measure
+from gankit.training import Averaging, Diverged, Evaluator, LinearDecay, Metrics, Saver, Stats, measure
 
 # Multiply-adds of one forward pass of G and D above which a second thread pays: tests/benchmarks/threads.py.
 WORTH_THREADS = 50e6
@@ -151,9 +151,7 @@ class Session:
         )
         self.metrics = Metrics(self.data, config.eval_samples)
         self.stats = Stats(config.log_every, partial(run.append, "stats.jsonl"))
-        self.evaluator = Evaluator(
-            run, self.data, config.eval_every, config.steps, self.stats, reporter.metrics
-        )
+        self.evaluator = Evaluator(run, self.data, config.eval_every, config.steps, self.stats, reporter.metrics)
         self.saver = Saver(run, self.evaluator, config.save_every, config.steps, config.keep, self.stats)
         core = {
             "data": sampler,
@@ -195,9 +193,7 @@ class Session:
         """Continue from a checkpoint of this run; UsageError when settings or plugins are not what they were."""
         state = self.run.load_state(checkpoint)
         changed = configuration.differences(state["facts"], self.saver.facts)
-        changed = [
-            change for change in changed if not change.startswith(tuple(f"{name}:" for name in changeable))
-        ]
+        changed = [change for change in changed if not change.startswith(tuple(f"{name}:" for name in changeable))]
         if changed:
             raise UsageError(
                 f"{self.run.path} cannot be continued, because this has changed since its checkpoint: "
@@ -217,6 +213,11 @@ class Session:
                 train(self.gan, self.steps)
                 if self.saver.saved != self.gan.step:
                     self.saver.now(self.gan)
+        except Diverged as error:
+            kept = (
+                f"the last good checkpoint is {self.run.steps()[-1]}" if self.run.steps() else "nothing was saved yet"
+            )
+            raise Diverged(f"{error}; {kept}; lower --lr-g and --lr-d, or a plugin's weight") from error
         finally:
             self.reporter.stop()
         truth, *evaluations = self.run.rows("metrics.jsonl")
@@ -298,6 +299,7 @@ def start(config: Config, reporter: Reporter) -> Result:
     try:
         session = Session(config, data, run, reporter)
         session.record()
+        torch.manual_seed(derive_seed(config.seed, "global"))  # for a user's own layers, such as dropout
     except BaseException:
         run.remove()
         raise

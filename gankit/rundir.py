@@ -60,9 +60,7 @@ class RunDir:
         """A new folder ``out/name``, or ``out/<next number>-<label>``. An existing ``name`` is refused."""
         out.mkdir(parents=True, exist_ok=True)
         if name is None:
-            taken = [
-                int(match[1]) for child in out.iterdir() if (match := re.match(r"(\d{5,})-", child.name))
-            ]
+            taken = [int(match[1]) for child in out.iterdir() if (match := re.match(r"(\d{5,})-", child.name))]
             number = max(taken, default=-1) + 1
             while True:
                 path = out / f"{number:05d}-{re.sub(r'[^A-Za-z0-9_.+-]+', '-', label)}"
@@ -76,9 +74,7 @@ class RunDir:
             try:
                 path.mkdir(parents=True)
             except FileExistsError:
-                raise UsageError(
-                    f"{path} exists: choose another --name, or continue it with gankit resume"
-                ) from None
+                raise UsageError(f"{path} exists: choose another --name, or continue it with gankit resume") from None
         run = cls(path)
         run.samples.mkdir()
         run.checkpoints.mkdir()
@@ -93,12 +89,8 @@ class RunDir:
         runs = sorted(path.parent for path in root.glob("*/config.toml"))
         if given is None and runs:
             return cls(max(runs, key=lambda path: (path / "config.toml").stat().st_mtime))
-        matches = [
-            p
-            for p in runs
-            if given
-            in (p.name, p.name.split("-")[0], str(int(p.name.split("-")[0])) if p.name[:1].isdigit() else "")
-        ]
+        number = f"{int(given):05d}-" if given and given.isdigit() else None
+        matches = [p for p in runs if p.name == given or (number and p.name.startswith(number))]
         if given is None or not matches:
             listed = ", ".join(p.name for p in runs[-5:]) or "none"
             raise UsageError(f"no run {given or ''} found; runs under {out}: {listed}")
@@ -159,9 +151,7 @@ class RunDir:
             for name, tensors in weights.items():
                 separate = {key: t.detach().cpu().clone().contiguous() for key, t in tensors.items()}
                 write_atomic(temporary / f"{name}.safetensors", safetensors.torch.save(separate))
-            buffer = (
-                io.BytesIO()
-            )  # serialised in memory first, so that a full disk is an OSError like any other
+            buffer = io.BytesIO()  # serialised in memory first, so that a full disk is an OSError like any other
             torch.save(state, buffer)
             write_atomic(temporary / "state.pt", buffer.getvalue())
             _sync(temporary)

@@ -136,8 +136,7 @@ class Terminal:
 def networks_line(gan: GAN) -> str:
     """Players and their sizes, the loss, and the plugins that are on."""
     sizes = ", ".join(
-        f"{name} {sum(p.numel() for p in player.module.parameters()):,}"
-        for name, player in gan.players.items()
+        f"{name} {sum(p.numel() for p in player.module.parameters()):,}" for name, player in gan.players.items()
     )
     return f"parameters: {sizes}; loss {gan.loss.name}; plugins: {', '.join(gan.plugins) or 'none'}"
 
@@ -165,9 +164,7 @@ def terms_table(stats: Mapping[str, Any], owners: Iterable[str]) -> Table | None
             if key.startswith(f"{phase}_loss/"):
                 name = key.split("/", 1)[1]
                 share = stats.get(f"gradient_share/{phase}/{name}")
-                table.add_row(
-                    f"{phase.upper()} {name}", f"{value:.4f}", "-" if share is None else f"{share:.0%}"
-                )
+                table.add_row(f"{phase.upper()} {name}", f"{value:.4f}", "-" if share is None else f"{share:.0%}")
     for name in owners:
         ms = stats.get(f"ms/{name}")
         cost = "-" if ms is None else f"{ms:.2f} of {stats['ms/step']:.2f} ms per step"

@@ -68,9 +68,7 @@ class Log:
         self.updates.append((phase, step, {name: term.item() for name, term in terms.items()}))
 
 
-def run(
-    plugins: Mapping[str, object], *, kind: str = "vector", steps: int = 3, **settings: Any
-) -> tuple[GAN, Log]:
+def run(plugins: Mapping[str, object], *, kind: str = "vector", steps: int = 3, **settings: Any) -> tuple[GAN, Log]:
     """Train a tiny GAN for a few steps with these plugins; the GAN and the terms of every update."""
     log = Log()
     gan = tiny_gan(kind, plugins, {"log": log}, **settings)

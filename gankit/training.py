@@ -133,8 +133,7 @@ class Stats:
                 phase, name = key.split("_loss/")
                 raise Diverged(_diverged(step, phase, name, value))
         totals = {
-            f"{phase}_loss": sum(v for key, v in means.items() if key.startswith(f"{phase}_loss/"))
-            for phase in "dg"
+            f"{phase}_loss": sum(v for key, v in means.items() if key.startswith(f"{phase}_loss/")) for phase in "dg"
         }
         now = time.perf_counter()
         self.last = {
@@ -298,18 +297,16 @@ def picture(gan: GAN, data: Dataset, path: Any) -> None:
         fake, real = gan.draw(columns**2, stream).cpu(), data.held_out(columns**2).cpu()
         made = pictures.side_by_side(pictures.image_grid(real, columns), pictures.image_grid(fake, columns))
     else:
-        made = pictures.scatter(
-            data.held_out(2500).cpu(), gan.draw(2500, stream).cpu(), title=f"step {gan.step}"
-        )
+        real, fake = data.held_out(2500).cpu(), gan.draw(2500, stream).cpu()
+        limits = pictures.scatter_limits(real)  # of the real samples alone, so that all of a run's pictures agree
+        made = pictures.scatter(real, fake, title=f"step {gan.step}", limits=limits)
     pictures.save_png(made, path)
 
 
 class Saver:
     """Checkpoints every ``every`` steps and at the end; keeps the latest few and the best."""
 
-    def __init__(
-        self, run: RunDir, evaluator: Evaluator, every: int, steps: int, keep: int, stats: Stats
-    ) -> None:
+    def __init__(self, run: RunDir, evaluator: Evaluator, every: int, steps: int, keep: int, stats: Stats) -> None:
         self.run, self.evaluator, self.every, self.steps, self.keep = run, evaluator, every, steps, keep
         self.stats = stats
         self.facts: dict[str, Any] = {}  # settings and versions, compared when the run is continued

@@ -126,9 +126,7 @@ def test_mixture_centres(mixture):
         roots = np.exp(2j * np.pi * np.arange(8) / 8)
         np.testing.assert_allclose(centers, np.stack([roots.real, roots.imag], 1), atol=1e-7)
     elif name == "grid":
-        assert {tuple(c) for c in centers.tolist()} == {
-            (i, j) for i in range(-4, 5, 2) for j in range(-4, 5, 2)
-        }
+        assert {tuple(c) for c in centers.tolist()} == {(i, j) for i in range(-4, 5, 2) for j in range(-4, 5, 2)}
     else:
         assert centers[:, 0].tolist() == [-1, -0.5, 0, 0.5, -2, -2.5, 10, 0.25, -13, -5.5]
         assert (centers == centers[:, :1]).all()
@@ -409,9 +407,7 @@ def test_class_folders(tmp_path, names, classes, zipped):
 
 def test_train_and_test_folders_are_pointed_out(tmp_path):
     make_images(tmp_path, ["train/a/1.png", "train/b/1.png", "test/a/1.png"])
-    assert any(
-        "train" in line and "name its folder" in line for line in summary(load(str(tmp_path))).warnings
-    )
+    assert any("train" in line and "name its folder" in line for line in summary(load(str(tmp_path))).warnings)
 
 
 def test_all_suffixes_are_read(tmp_path):
@@ -684,9 +680,7 @@ def test_npz_keys_and_labels(tmp_path):
         np.savez(file, **keys)
         data = load(str(file))
         assert data.classes == ("5", "6", "7")
-        assert data.labels.tolist() == [
-            int(row[0] // 2 % 3) for row in data.batch(torch.arange(len(data))).tolist()
-        ]
+        assert data.labels.tolist() == [int(row[0] // 2 % 3) for row in data.batch(torch.arange(len(data))).tolist()]
     np.savez(file, first=x, second=x)
     with pytest.raises(UsageError, match="first, second"):
         load(str(file))
@@ -749,10 +743,7 @@ def test_resizing_arrays_agrees_with_pillow():
     rng = np.random.default_rng(3)
     x = np.kron(rng.integers(0, 256, (4, 6, 6), dtype=np.uint8), np.ones((5, 5), np.uint8))
     got = all_raw(from_arrays("x", x, image_size=12))[:, 0].astype(int)
-    want = [
-        np.asarray(Image.fromarray(image).resize((12, 12), Image.Resampling.BICUBIC)).astype(int)
-        for image in x
-    ]
+    want = [np.asarray(Image.fromarray(image).resize((12, 12), Image.Resampling.BICUBIC)).astype(int) for image in x]
     for image in got:
         assert min(np.abs(image - other).max() for other in want) <= 1
 
@@ -852,11 +843,7 @@ def test_csv_in_another_encoding(tmp_path):
 
 
 @settings(deadline=None, max_examples=50)
-@given(
-    hnp.arrays(
-        np.float32, st.tuples(st.integers(2, 8), st.integers(1, 4)), elements=st.floats(-1e6, 1e6, width=32)
-    )
-)
+@given(hnp.arrays(np.float32, st.tuples(st.integers(2, 8), st.integers(1, 4)), elements=st.floats(-1e6, 1e6, width=32)))
 def test_csv_round_trip(tmp_path_factory, x):
     file = io.StringIO()
     np.savetxt(file, x, delimiter=",", fmt="%.9g")
@@ -925,9 +912,7 @@ def test_callables_without_labels(mydata, name):
     data = load(f"mydata:{name}")
     assert data.labels is None
     values = sorted(all_values(data))
-    assert values == (
-        [[1, 2], [3, 4], [5, 6]] if name == "plain_pairs" else np.arange(20.0).reshape(10, 2).tolist()
-    )
+    assert values == ([[1, 2], [3, 4], [5, 6]] if name == "plain_pairs" else np.arange(20.0).reshape(10, 2).tolist())
 
 
 @pytest.mark.parametrize("name", ["pair", "pairs_list", "labelled", "torch_dataset", "loader"])

@@ -23,9 +23,7 @@ def test_every_hook_has_a_spec_with_a_docstring_a_heading_in_the_docs_and_a_test
     specs = [name for name, value in vars(hookspecs).items() if hasattr(value, "gankit_spec")]
     headings = re.findall(r"^## `(.+)`$", DOCS.read_text(), re.MULTILINE)
     assert tuple(specs) == hookspecs.NAMES
-    assert headings == [
-        f"{name}{inspect.signature(getattr(hookspecs, name))}".replace("'", "") for name in specs
-    ]
+    assert headings == [f"{name}{inspect.signature(getattr(hookspecs, name))}".replace("'", "") for name in specs]
     for name in specs:
         assert len(inspect.getdoc(getattr(hookspecs, name)) or "") > 100
         assert f"test_{name}" in globals()
@@ -46,15 +44,11 @@ class Extra:
 
     @hookimpl
     def pre_d_loss(self, gan: GAN, batch: Batch) -> dict[str, Tensor] | None:
-        return (
-            {"extra": gan.players["extra"].module(batch.real).square().mean()} if self.phase == "d" else None
-        )
+        return {"extra": gan.players["extra"].module(batch.real).square().mean()} if self.phase == "d" else None
 
     @hookimpl
     def post_g_loss(self, gan: GAN, batch: Batch) -> dict[str, Tensor] | None:
-        return (
-            {"extra": gan.players["extra"].module(batch.fake).square().mean()} if self.phase == "g" else None
-        )
+        return {"extra": gan.players["extra"].module(batch.fake).square().mean()} if self.phase == "g" else None
 
 
 @pytest.mark.parametrize("phase", ["d", "g"])
@@ -167,9 +161,7 @@ def test_pre_d_loss() -> None:
         def pre_d_loss(self, gan: GAN, step: int) -> dict[str, Tensor] | None:
             if step == 2:
                 return None
-            return {
-                "decay": sum((p.square().sum() for p in gan.discriminator.parameters()), torch.zeros(())) / 2
-            }
+            return {"decay": sum((p.square().sum() for p in gan.discriminator.parameters()), torch.zeros(())) / 2}
 
     gradients: dict[bool, list[Tensor]] = {}
     for on in (False, True):
@@ -284,12 +276,8 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("hook", "value", "options"), BROKEN, ids=[f"{h}-{i}" for i, (h, _, _) in enumerate(BROKEN)]
-)
-def test_a_wrong_value_is_refused_with_the_plugins_name(
-    hook: str, value: Any, options: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize(("hook", "value", "options"), BROKEN, ids=[f"{h}-{i}" for i, (h, _, _) in enumerate(BROKEN)])
+def test_a_wrong_value_is_refused_with_the_plugins_name(hook: str, value: Any, options: dict[str, Any]) -> None:
     from gankit.training import measure
 
     with pytest.raises(ContractError, match=f"plugin 'broken', hook {hook}"):

@@ -192,9 +192,7 @@ def test_symmetric(name: str) -> None:
 def test_least_squares_pearson() -> None:
     loss = make("least-squares", a=-1, b=1, c=0)
     real, fake = torch.from_numpy(R), torch.from_numpy(F)
-    assert float(loss.d(real, fake)) == pytest.approx(
-        0.5 * np.mean((R - 1) ** 2) + 0.5 * np.mean((F + 1) ** 2)
-    )
+    assert float(loss.d(real, fake)) == pytest.approx(0.5 * np.mean((R - 1) ** 2) + 0.5 * np.mean((F + 1) ** 2))
     assert float(loss.g(fake_logits=fake)) == pytest.approx(0.5 * np.mean(F**2))
     assert float(loss.mirrored(real, fake)) == pytest.approx(0.5 * np.mean(F**2) + 0.5 * np.mean(R**2))
     assert loss.real_target == 1
@@ -205,9 +203,7 @@ def test_least_squares_mirror_is_a_reflection() -> None:
     loss = make("least_squares", a=-2, b=1, c=0.5)
     real, fake = torch.from_numpy(R), torch.from_numpy(F)
     middle2 = -2 + 1
-    assert float(loss.mirrored(real, fake)) == pytest.approx(
-        float(loss.mirrored(middle2 - fake, middle2 - real))
-    )
+    assert float(loss.mirrored(real, fake)) == pytest.approx(float(loss.mirrored(middle2 - fake, middle2 - real)))
 
 
 def test_real_targets() -> None:

@@ -61,9 +61,7 @@ def test_histogram_by_hand() -> None:
     found = mode_metrics(samples, centers, 1.0)
     assert found["modes"] == 2
     assert found["high_quality"] == 3 / 8
-    assert found["reverse_kl"] == pytest.approx(
-        math.log(3) + 2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3)
-    )
+    assert found["reverse_kl"] == pytest.approx(math.log(3) + 2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))
 
 
 @given(st.lists(st.integers(0, 30), min_size=2, max_size=9).filter(any))
@@ -112,9 +110,7 @@ def test_sliced_wasserstein_against_scipy(n: int, m: int) -> None:
 def test_one_dimensional_distances_against_scipy(n: int, m: int, seed: int) -> None:
     x, y = normal(n, 1, seed=seed), 3 * normal(m, 1, seed=seed + 1)
     w1 = scipy.stats.wasserstein_distance(x[:, 0], y[:, 0])
-    assert sliced_wasserstein(x, y, projections=1, generator=stream()) == pytest.approx(
-        w1, rel=1e-9, abs=1e-12
-    )
+    assert sliced_wasserstein(x, y, projections=1, generator=stream()) == pytest.approx(w1, rel=1e-9, abs=1e-12)
     energy = scipy.stats.energy_distance(x[:, 0], y[:, 0]) ** 2
     assert energy_distance(x, y) == pytest.approx(energy, rel=1e-7, abs=1e-10)
 
@@ -149,9 +145,7 @@ def test_energy_distance_sees_tiny_differences() -> None:
 
 @given(sizes, sizes, st.integers(1, 4), seeds, st.floats(-20, 20))
 @settings(deadline=None, max_examples=40)
-def test_distances_are_symmetric_and_invariant(
-    n: int, m: int, features: int, seed: int, shift: float
-) -> None:
+def test_distances_are_symmetric_and_invariant(n: int, m: int, features: int, seed: int, shift: float) -> None:
     x, y = normal(n, features, seed=seed), normal(m, features, seed=seed + 1)
     order = torch.randperm(n, generator=stream(seed))
 

@@ -72,9 +72,7 @@ def test_state_dict_names_are_stable() -> None:
         "out",
     }
     resnet = {k.rsplit(".", 1)[0] for k in build(generator, (1, 28, 28), Z, network="resnet").state_dict()}
-    block = {
-        f"layers.block{i}.{part}" for i in (0, 1) for part in ("norm1", "conv1", "norm2", "conv2", "shortcut")
-    }
+    block = {f"layers.block{i}.{part}" for i in (0, 1) for part in ("norm1", "conv1", "norm2", "conv2", "shortcut")}
     assert resnet == {"project", "layers.norm", "layers.out"} | block
 
 
@@ -115,9 +113,7 @@ def test_packing_changes_only_the_first_layer(network: str, shape: tuple[int, ..
 @pytest.mark.parametrize(("network", "shape"), FAMILIES)
 def test_construction_is_seeded_and_forward_is_not_random(network: str, shape: tuple[int, ...]) -> None:
     for factory, args in ((generator, (shape, Z)), (discriminator, ([shape, (Z,)],)), (encoder, (shape, Z))):
-        one, same, other = (
-            build(factory, *args, network=network, seed=seed).state_dict() for seed in (1, 1, 2)
-        )
+        one, same, other = (build(factory, *args, network=network, seed=seed).state_dict() for seed in (1, 1, 2))
         assert all(torch.equal(one[k], same[k]) for k in one)
         assert not all(torch.equal(one[k], other[k]) for k in one)
     before = torch.get_rng_state()

@@ -72,8 +72,7 @@ def test_grids_of_small_images_are_400_to_1000_wide(side: int, count: int) -> No
 def test_grid_channels() -> None:
     values = torch.tensor([-1.0, 0.2, 1.0, 0.5])
     colours = [
-        tuple(pixels(image_grid(values[:c].reshape(1, c, 1, 1).expand(1, c, 2, 2)))[10, 10])
-        for c in (1, 2, 3, 4)
+        tuple(pixels(image_grid(values[:c].reshape(1, c, 1, 1).expand(1, c, 2, 2)))[10, 10]) for c in (1, 2, 3, 4)
     ]
     assert colours == [(0, 0, 0), (0, 153, 0), (0, 153, 255), (0, 153, 255)]
 
@@ -162,9 +161,7 @@ def test_scatter_of_any_shape(shape: tuple[int, ...]) -> None:
     image = scatter(real, torch.randn(50, *shape, generator=generator) * 0.5)
     assert inside(image).any()
     plane = shape in ((1,), (2,))
-    assert (
-        image.height == scatter(torch.zeros(2, 2), torch.zeros(2, 2)).height
-    ) == plane  # room for the caption
+    assert (image.height == scatter(torch.zeros(2, 2), torch.zeros(2, 2)).height) == plane  # room for the caption
 
 
 def test_principal_components_against_numpy() -> None:
@@ -261,9 +258,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
 def test_curves(tmp_path: Path, suffix: str, magic: bytes) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / f"curves.{suffix}"
-    curves(
-        {"losses": ROWS, "metrics": [{"step": 4, "modes": 3, "note": "x", "flag": True}], "none": []}, path
-    )
+    curves({"losses": ROWS, "metrics": [{"step": 4, "modes": 3, "note": "x", "flag": True}], "none": []}, path)
     content = path.read_bytes()
     assert content.startswith(magic)
     assert os.listdir(tmp_path) == [path.name]

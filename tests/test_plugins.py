@@ -50,9 +50,7 @@ def test_every_plugin_of_this_repository_is_installed_and_found_by_entry_point()
 def test_distributions_move_in_lockstep_and_the_development_requirements_name_them_all() -> None:
     core = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     major, minor, _ = core["version"].split(".")
-    assert {f"gankit-{name.replace('_', '-')}" for name in IN_TREE} < set(
-        core["optional-dependencies"]["all"]
-    )
+    assert {f"gankit-{name.replace('_', '-')}" for name in IN_TREE} < set(core["optional-dependencies"]["all"])
     requirements = (ROOT / "requirements-dev.txt").read_text().splitlines()
     assert {f"./plugins/{name}" for name in IN_TREE} == {
         line.removeprefix("-e ") for line in requirements if line.startswith("-e ./plugins/")
@@ -154,11 +152,7 @@ def test_plugins_import_public_names_only_and_never_each_other(name: str) -> Non
     path = ROOT / "plugins" / name / f"gankit_{name}.py"
     text = path.read_text()
     assert _imports(path) <= {*gankit.__all__, "functional", "joint", "losses", "networks"}
-    assert not [
-        other
-        for other in IN_TREE
-        if other != name and f"gankit_{other}" in text.replace(f"gankit_{name}", "")
-    ]
+    assert not [other for other in IN_TREE if other != name and f"gankit_{other}" in text.replace(f"gankit_{name}", "")]
 
 
 def test_the_list_as_json() -> None:

@@ -104,9 +104,7 @@ def test_a_run_writes_what_it_promises() -> None:
 
 def test_gradient_shares_and_milliseconds_are_measured() -> None:
     gankit("run", "--plugin", "pairwise_gp", *FAST, "--steps", "50", "--log-every", "50")
-    (row,) = [
-        json.loads(line) for line in Path("runs/00000-ring-pairwise_gp/stats.jsonl").read_text().splitlines()
-    ]
+    (row,) = [json.loads(line) for line in Path("runs/00000-ring-pairwise_gp/stats.jsonl").read_text().splitlines()]
     assert row["gradient_share/d/adv"] + row["gradient_share/d/pairwise_gp"] == pytest.approx(1)
     assert 0 < row["ms/pairwise_gp"] < 20 * row["ms/step"]
 
@@ -215,9 +213,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_term_and_keeps_the_last_g
     assert "step-000005" in output
     steps = sorted(p.name for p in Path("runs/r/checkpoints").glob("step-*"))
     assert steps[-1] == "step-000005"
-    assert all(
-        bool(t.isfinite().all()) for t in final_state(Path("runs/r"), 5).values() if t.is_floating_point()
-    )
+    assert all(bool(t.isfinite().all()) for t in final_state(Path("runs/r"), 5).values() if t.is_floating_point())
 
 
 def test_sample_and_evaluate() -> None:
@@ -329,7 +325,9 @@ def test_ones_own_networks_and_data() -> None:
     Path("mine.py").write_text(
         "import torch\n"
         "def generator(shape, z_dim): return torch.nn.Linear(z_dim, shape[0])\n"
-        "def discriminator(shapes): return torch.nn.Linear(sum(s[0] for s in shapes), 1)\n"
+        "class D(torch.nn.Linear):\n"
+        "    def forward(self, *inputs): return super().forward(torch.cat(inputs, 1))\n"
+        "def discriminator(shapes): return D(sum(s[0] for s in shapes), 1)\n"
         "def data(): return torch.rand(50, 3, generator=torch.Generator().manual_seed(0))\n"
     )
     gankit("run", "--data", "./mine.py:data", "--generator", "./mine.py:generator", "--discriminator",
@@ -337,3 +335,9 @@ def test_ones_own_networks_and_data() -> None:
     (run,) = Path("runs").iterdir()
     weights = safetensors.torch.load_file(run / "checkpoints" / "latest" / "discriminator.safetensors")
     assert weights["weight"].shape == (1, 3 + 64)
+
+
+def test_a_discriminator_that_cannot_score_the_view_is_one_sentence() -> None:
+    Path("mine.py").write_text("import torch\ndef d(): return torch.nn.Linear(2, 1)\n")
+    output = gankit("run", "--discriminator", "./mine.py:d", "--plugin", "bigan", *FAST, code=2).output
+    assert "tensors of shape (16, 2), (16, 1)" in output

@@ -95,9 +95,7 @@ def test_a_full_disk_leaves_no_half_written_checkpoint(run: RunDir, limit: int) 
     weights = {"generator": {"w": torch.zeros(1000)}, "discriminator": {"w": torch.zeros(10)}}
     before = sorted(p.name for p in run.checkpoints.iterdir())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (limit, hard)
-    )  # the kernel refuses to grow any file beyond this
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # the kernel refuses to grow any file beyond this
     try:
         with pytest.raises(OSError, match="File too large"):
             run.save(weights, {}, 2)

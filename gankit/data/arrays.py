@@ -26,9 +26,7 @@ from gankit.errors import UsageError
 
 _MISSING = {"", "na", "n/a", "nan", "null", "none", "?", "-"}
 _KEYS, _LABEL_KEYS = ("x", "data", "images"), ("y", "labels")
-_CALLABLE = re.compile(
-    r"(?P<module>.+\.py|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*):(?P<name>[A-Za-z_]\w*(\.[A-Za-z_]\w*)*)"
-)
+_CALLABLE = re.compile(r"(?P<module>.+\.py|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*):(?P<name>[A-Za-z_]\w*(\.[A-Za-z_]\w*)*)")
 
 Array = NDArray[Any]
 
@@ -55,9 +53,7 @@ def from_arrays(
     if values.dtype.kind not in "buif":
         raise UsageError(f"{name} holds {values.dtype} values: give an array of numbers")
     if values.ndim not in (1, 2, 3, 4) or 0 in values.shape[1:]:
-        raise UsageError(
-            f"{name} has shape {values.shape}: expected (N, D), (N, H, W), (N, C, H, W) or (N, H, W, C)"
-        )
+        raise UsageError(f"{name} has shape {values.shape}: expected (N, D), (N, H, W), (N, C, H, W) or (N, H, W, C)")
     labels, classes, label_notes = _labels(name, y, len(values))
     if values.ndim <= 2:
         if image_size is not None:
@@ -67,9 +63,7 @@ def from_arrays(
         items, image_notes = _images(name, values)
         if image_size is not None:
             items = resized(items, image_size)
-    return split_dataset(
-        name, items, labels, classes, features=features, notes=(*notes, *label_notes, *image_notes)
-    )
+    return split_dataset(name, items, labels, classes, features=features, notes=(*notes, *label_notes, *image_notes))
 
 
 def array_file(spec: str, path: Path, image_size: int | None) -> Dataset:
@@ -123,9 +117,7 @@ def table(spec: str, path: Path) -> Dataset:
     if not rows:
         raise UsageError(f"{spec} is empty: give a table with at least one numeric column")
     has_header = not any(_is_number(cell, separator) for cell in rows[0])
-    names = (
-        [cell.strip() for cell in rows[0]] if has_header else [f"column {k + 1}" for k in range(len(rows[0]))]
-    )
+    names = [cell.strip() for cell in rows[0]] if has_header else [f"column {k + 1}" for k in range(len(rows[0]))]
     columns = [_numbers(column, separator) for column in zip(*rows[has_header:], strict=True)]
     return _from_columns(spec, dict(enumerate(names)), columns)
 
@@ -264,13 +256,9 @@ def _from_columns(spec: str, names: dict[int, str], columns: list[Array | None])
     x = np.stack(list(numeric.values()), axis=1)
     complete = ~np.isnan(x).any(axis=1)
     if not complete.all():
-        notes.append(
-            f"{int((~complete).sum())} of {len(x)} rows of {spec} have missing cells and are left out"
-        )
+        notes.append(f"{int((~complete).sum())} of {len(x)} rows of {spec} have missing cells and are left out")
         if complete.sum() < 2:
-            raise UsageError(
-                f"only {int(complete.sum())} of {len(x)} rows of {spec} have no missing cell: fill them"
-            )
+            raise UsageError(f"only {int(complete.sum())} of {len(x)} rows of {spec} have no missing cell: fill them")
     return from_arrays(spec, x[complete], features=tuple(names[k] for k in numeric), notes=tuple(notes))
 
 
@@ -306,9 +294,7 @@ def _attribute(module: ModuleType, name: str) -> Callable[[], object]:
     except AttributeError as error:
         raise UsageError(f"{module.__file__} does not define {name}: correct the name") from error
     if not callable(found):
-        raise UsageError(
-            f"{name} in {module.__file__} is not callable: give a function that returns the data"
-        )
+        raise UsageError(f"{name} in {module.__file__} is not callable: give a function that returns the data")
     return cast("Callable[[], object]", found)
 
 

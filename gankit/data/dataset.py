@@ -128,9 +128,7 @@ class Dataset:
             return Store(move(value.items), None if value.rows is None else move(value.rows))
 
         tensors = {
-            field.name: move(value)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
+            field.name: move(value) for field in fields(self) if isinstance(value := getattr(self, field.name), Tensor)
         }
         modes = self.modes and replace(self.modes, centers=move(self.modes.centers))
         return replace(self, train=store(self.train), test=store(self.test), modes=modes, **tensors)  # type: ignore[arg-type]

@@ -100,9 +100,7 @@ def _image_warnings(values: Tensor, low: float, high: float) -> list[str]:
     elif high - low < 0.1:
         warnings.append(f"values only span {low:g} to {high:g} of -1 to 1: check how the images were scaled")
     if low < -1 or high > 1:
-        warnings.append(
-            f"values reach from {low:g} to {high:g}, and images should be in [-1, 1]: rescale them"
-        )
+        warnings.append(f"values reach from {low:g} to {high:g}, and images should be in [-1, 1]: rescale them")
     return warnings
 
 
@@ -113,25 +111,17 @@ def _vector_warnings(data: Dataset, values: Tensor) -> list[str]:
     constant = (low == high).nonzero().flatten().tolist()
     if constant:
         some = ", ".join(names[k] for k in constant[:5]) + (", ..." if len(constant) > 5 else "")
-        warnings.append(
-            f"{len(constant)} of {len(names)} features are constant ({some}): consider leaving them out"
-        )
+        warnings.append(f"{len(constant)} of {len(names)} features are constant ({some}): consider leaving them out")
     mean, std = values.double().mean(dim=0), values.double().std(dim=0, correction=0)
     varying = (low < high).nonzero().flatten()
     if len(varying) > 1:
         widest, narrowest = (int(varying[pick(std[varying])]) for pick in (torch.argmax, torch.argmin))
         if std[widest] > _RATIO * std[narrowest]:
-            pair = " and ".join(
-                f"{names[k]} (mean {mean[k]:.4g}, std {std[k]:.4g})" for k in (narrowest, widest)
-            )
-            warnings.append(
-                f"the scales of {pair} differ more than {_RATIO:.0f}-fold: consider standardising"
-            )
+            pair = " and ".join(f"{names[k]} (mean {mean[k]:.4g}, std {std[k]:.4g})" for k in (narrowest, widest))
+            warnings.append(f"the scales of {pair} differ more than {_RATIO:.0f}-fold: consider standardising")
     largest = float(values.abs().max())
     if largest > _LARGE:
-        warnings.append(
-            f"values reach {largest:.4g} in size: networks train best on values near 1, rescale them"
-        )
+        warnings.append(f"values reach {largest:.4g} in size: networks train best on values near 1, rescale them")
     return warnings
 
 

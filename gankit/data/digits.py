@@ -76,9 +76,7 @@ def read_idx(path: Path) -> Tensor:
     start = 4 + 4 * ndim
     shape = tuple(int(n) for n in np.frombuffer(content[4:start], dtype=">u4"))
     if len(shape) != ndim or len(content) - start != math.prod(shape):
-        raise UsageError(
-            f"{path} holds {len(content)} bytes, which does not fit its own header: fetch it again"
-        )
+        raise UsageError(f"{path} holds {len(content)} bytes, which does not fit its own header: fetch it again")
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy())
 
 
@@ -109,9 +107,7 @@ def _find(data_root: str | None) -> list[Path]:
         found = [path for name in FILES if (path := _either(folder, name)) is not None]
         if len(found) == len(FILES):
             return found
-    looked = (
-        f"in {', '.join(str(folder) for folder in folders)}" if folders else "nowhere: no folder is named"
-    )
+    looked = f"in {', '.join(str(folder) for folder in folders)}" if folders else "nowhere: no folder is named"
     try:
         return _download()
     except ImportError as error:

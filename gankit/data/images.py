@@ -114,9 +114,7 @@ def _step_in(paths: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
     return paths
 
 
-def _classes(
-    spec: str, paths: list[tuple[str, ...]]
-) -> tuple[torch.Tensor | None, tuple[str, ...], tuple[str, ...]]:
+def _classes(spec: str, paths: list[tuple[str, ...]]) -> tuple[torch.Tensor | None, tuple[str, ...], tuple[str, ...]]:
     """Labels, class names and notes from the first-level folders."""
     folders = [parts[0] for parts in paths if len(parts) > 1]
     if len(folders) < len(paths):
@@ -168,9 +166,7 @@ def _target(spec: str, image_size: int | None, sizes: list[tuple[int, int]]) -> 
         note = f"{what}: cropped to the centre square and resized to {DEFAULT_SIZE}x{DEFAULT_SIZE}; "
         return DEFAULT_SIZE, (note + "choose another size with image_size",)
     small = sum(count for wh, count in counts.items() if min(wh) < image_size)
-    note = (
-        f"{small} of the {len(sizes)} images of {spec} are smaller than {image_size} pixels and were enlarged"
-    )
+    note = f"{small} of the {len(sizes)} images of {spec} are smaller than {image_size} pixels and were enlarged"
     return image_size, (note,) if small else ()
 
 

@@ -13,9 +13,7 @@ from gankit.data.dataset import Dataset, Modes, Store, seeded
 
 COUNT, HELD_OUT = 100_000, 10_000
 _CONSTANTS_1200 = (-1.0, -0.5, 0.0, 0.5, -2.0, -2.5, 10.0, 0.25, -13.0, -5.5)
-_RADIUS_700 = (
-    28.077817849873615  # sqrt of the (1 - exp(-4.5)) quantile of chi-squared, 700 degrees of freedom
-)
+_RADIUS_700 = 28.077817849873615  # sqrt of the (1 - exp(-4.5)) quantile of chi-squared, 700 degrees of freedom
 
 
 def ring() -> Dataset:

@@ -54,9 +54,7 @@ class GradientPenalty:
     """Pull the norm of the critic's gradient to ``center`` between real and generated samples (WGAN-GP)."""
 
     formula: ClassVar[str] = "weight * mean_i (||grad D(x~_i)||_2 - center)^2,  x~ = u x + (1 - u) G(z)"
-    paper: ClassVar[str] = (
-        "Gulrajani et al. 2017, Improved Training of Wasserstein GANs, arXiv:1704.00028, eq. 3"
-    )
+    paper: ClassVar[str] = "Gulrajani et al. 2017, Improved Training of Wasserstein GANs, arXiv:1704.00028, eq. 3"
 
     weight: Annotated[float, "lambda of eq. 3"] = 10.0
     center: Annotated[float, "norm asked for: 1 WGAN-GP, 0 zero-centred"] = 1.0
@@ -70,9 +68,7 @@ class GradientPenalty:
             raise ValueError("every must be at least 1")
 
     @hookimpl
-    def pre_d_loss(
-        self, gan: GAN, critic: Callable[..., Tensor], view: View, step: int
-    ) -> dict[str, Tensor] | None:
+    def pre_d_loss(self, gan: GAN, critic: Callable[..., Tensor], view: View, step: int) -> dict[str, Tensor] | None:
         """The term "gradient_penalty" on what the critic is shown: per pack under packing, on pairs in a joint view."""
         if step % self.every:
             return None

@@ -24,9 +24,7 @@ def unit_vectors(difference: Tensor) -> Tensor:
     """
     difference = difference.detach()
     norm = norm_per_sample((difference,)).view(-1, *(1,) * (difference.dim() - 1))
-    return torch.where(
-        norm > 0, difference / norm.where(norm > 0, torch.ones_like(norm)), torch.zeros_like(norm)
-    )
+    return torch.where(norm > 0, difference / norm.where(norm > 0, torch.ones_like(norm)), torch.zeros_like(norm))
 
 
 def pairwise_gradient_penalty(
@@ -54,9 +52,7 @@ def pairwise_gradient_penalty(
     whatever made ``reconstruction``. Raises ValueError if the shapes differ or the reduction is unknown.
     """
     if real.shape != reconstruction.shape:
-        raise ValueError(
-            f"a reconstruction has the shape of x, {tuple(real.shape)}, not {tuple(reconstruction.shape)}"
-        )
+        raise ValueError(f"a reconstruction has the shape of x, {tuple(real.shape)}, not {tuple(reconstruction.shape)}")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction is 'mean' or 'sum', not {reduction!r}")
     (x,) = interpolate((real,), (reconstruction,), generator)
@@ -86,9 +82,7 @@ class PairwiseGP(Joint):
             raise ValueError("every must be at least 1")
 
     @hookimpl
-    def pre_d_loss(
-        self, gan: GAN, critic: Callable[..., Tensor], batch: Batch, step: int
-    ) -> dict[str, Tensor] | None:
+    def pre_d_loss(self, gan: GAN, critic: Callable[..., Tensor], batch: Batch, step: int) -> dict[str, Tensor] | None:
         """The term "pairwise_gp"; the pair (x, xhat) is shown as the critic sees samples, so packing applies to it too."""
         if step % self.every:
             return None

@@ -1,0 +1,218 @@
+"""The core's own hook implementations, against closed forms."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gankit import GAN, Latent, hookimpl, train
+from gankit.data import load
+from gankit.rundir import RunDir
+from gankit.sampler import Sampler
+from gankit.testing import tiny_gan
+from gankit.training import Averaging, Diverged, LinearDecay, Metrics, Stats, goodness, picture
+
+
+class Snapshots:
+    """The generator's state after every step."""
+
+    def __init__(self) -> None:
+        self.states: list[dict[str, Tensor]] = []
+
+    @hookimpl
+    def post_step(self, gan: GAN, phase: str) -> None:
+        if phase == "g":
+            self.states.append({k: v.clone() for k, v in gan.generator.state_dict().items()})
+
+
+@pytest.mark.parametrize("kind", ["vector", "image"])
+def test_the_average_is_the_weighted_sum_of_all_past_generators_buffers_included(kind: str) -> None:
+    snapshots = Snapshots()
+    gan = tiny_gan(kind, core={"averaging": Averaging(0.9), "snapshots": snapshots})
+    start = {k: v.clone().double() for k, v in gan.generator.state_dict().items()}
+    train(gan, 6)
+    decays = [min(0.9, step / (step + 10)) for step in range(1, 7)]
+    expected = start
+    for decay, state in zip(decays, snapshots.states, strict=True):
+        expected = {k: decay * expected[k] + (1 - decay) * state[k].double() for k in state}
+    average = gan.averages["generator"].state_dict()
+    for key, value in average.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value.double(), expected[key], rtol=1e-5, atol=1e-7)
+        else:  # a counter is copied
+            assert value == snapshots.states[-1][key]
+    assert not any(p.requires_grad for p in gan.averages["generator"].parameters())
+    samples = gan.draw(4, torch.Generator().manual_seed(0))
+    z = gan.latent.draw(4, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(samples, gan.averages["generator"].eval()(z))
+    assert gan.generator.training
+
+
+def test_no_average_when_switched_off() -> None:
+    gan = tiny_gan(core={"averaging": Averaging(0.0)})
+    train(gan, 2)
+    assert not gan.averages
+    assert "generator_ema" not in gan.weights()
+
+
+def test_rates_are_flat_and_then_fall_linearly_to_zero() -> None:
+    rates: list[tuple[float, float]] = []
+
+    class Records:
+        @hookimpl
+        def pre_d_loss(self, gan: GAN) -> None:
+            rates.append(tuple(gan.optimizers[phase].param_groups[0]["lr"] for phase in "dg"))  # type: ignore[arg-type]
+
+    from gankit import Optim
+
+    optim = {"d": Optim(4.0), "g": Optim(2.0)}
+    gan = tiny_gan(plugins={"records": Records()}, core={"decay": LinearDecay(0.5, 10)}, optim=optim)
+    rates.clear()
+    train(gan, 10)
+    factors = [1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]  # of steps 1 to 10: full up to step 5, then (10 - (step - 1)) / 5
+    assert rates == [pytest.approx((4 * f, 2 * f)) for f in factors]
+
+
+def test_stats_are_means_since_the_last_line() -> None:
+    rows: list[dict[str, Any]] = []
+
+    class Steps:
+        @hookimpl
+        def pre_d_loss(self, real_logits: Tensor, step: int) -> dict[str, Tensor]:
+            return {"step": real_logits.mean() * 0 + step}
+
+    gan = tiny_gan(plugins={"steps": Steps()}, core={"stats": Stats(4, rows.append)}, d_steps=2)
+    train(gan, 8)
+    assert [row["d_loss/step"] for row in rows] == [2.5, 6.5]
+    for row in rows:
+        assert row["d_loss"] == pytest.approx(row["d_loss/adv"] + row["d_loss/step"])
+        assert row["ms/step"] > 0
+
+
+def test_the_gradients_share_of_a_term() -> None:
+    """A term c ||theta||^2 / 2 has a gradient of norm c ||theta||; adv's is measured by hand."""
+    rows: list[dict[str, Any]] = []
+
+    class Decay:
+        @hookimpl
+        def pre_d_loss(self, gan: GAN) -> dict[str, Tensor]:
+            return {"decay": sum((p.square().sum() for p in gan.discriminator.parameters()), torch.zeros(())) / 2}
+
+    gan = tiny_gan(plugins={"decay": Decay()}, core={"stats": Stats(1, rows.append)})
+    gan.manager.meter.on = True
+    norm = math.sqrt(sum(p.square().sum().item() for p in gan.parameters("d")))
+    twin = tiny_gan()
+    twin.optimizers["d"] = torch.optim.SGD(twin.parameters("d"), lr=1.0)
+    before = [p.detach().clone() for p in twin.parameters("d")]
+    from gankit.loop import update
+
+    update(twin, "d", 1)
+    adv = math.sqrt(sum((a - b).square().sum().item() for a, b in zip(before, twin.parameters("d"), strict=True)))
+    train(gan, 1)
+    assert rows[0]["gradient_share/d/decay"] == pytest.approx(norm / (norm + adv), rel=1e-4)
+    assert rows[0]["ms/decay"] > 0
+
+
+def test_probing_does_not_change_training() -> None:
+    class Term:
+        @hookimpl
+        def pre_d_loss(self, real_logits: Tensor) -> dict[str, Tensor]:
+            return {"term": real_logits.square().mean()}
+
+    watched = tiny_gan(plugins={"term": Term()}, core={"stats": Stats(1, lambda row: None)})
+    alone = tiny_gan(plugins={"term": Term()})
+    watched.manager.meter.on = True
+    for gan in (watched, alone):
+        train(gan, 2)
+    for name, weights in watched.weights().items():
+        assert all(torch.equal(value, alone.weights()[name][key]) for key, value in weights.items())
+
+
+def test_a_weight_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
+    from gankit.training import Evaluator, Saver
+
+    data, run, stats = load("ring"), RunDir.create(tmp_path, None, "x"), Stats(1, lambda row: None)
+    evaluator = Evaluator(run, data, 0, 10, stats, lambda step, found: None)
+    saver = Saver(run, evaluator, 1, 10, 2, stats)
+    gan = tiny_gan(core={"saver": saver})
+    train(gan, 1)
+    assert [p.name for p in run.steps()] == ["step-000001"]
+    with torch.no_grad():
+        next(gan.generator.parameters())[0] = math.inf
+    with pytest.raises(Diverged, match="step 1: weight .* of the generator is not finite"):
+        saver.now(gan)
+    assert [p.name for p in run.steps()] == ["step-000001"]
+
+
+def test_the_best_has_more_modes_then_more_quality_then_less_distance() -> None:
+    scores = [
+        {"modes": 7, "high_quality": 0.99, "sliced_wasserstein": 0.1},
+        {"modes": 8, "high_quality": 0.50, "sliced_wasserstein": 0.3},
+        {"modes": 8, "high_quality": 0.60, "sliced_wasserstein": 0.4},
+        {"modes": 8, "high_quality": 0.60, "sliced_wasserstein": 0.2},
+    ]
+    assert sorted(scores[::-1], key=goodness) == scores
+    assert goodness({"sliced_wasserstein": 0.1}) > goodness({"sliced_wasserstein": 0.2})
+
+
+def test_metrics_of_true_data_are_near_perfect_and_repeatable() -> None:
+    metrics = Metrics(load("ring"), 2500)
+    truth = metrics.truth()
+    assert truth["modes"] == 8
+    assert truth["high_quality"] == pytest.approx(1 - math.exp(-4.5), abs=0.01)
+    assert truth["sliced_wasserstein"] < 0.03
+    assert metrics.truth() == truth
+    assert metrics.of(torch.zeros(2500, 2))["sliced_wasserstein"] > 0.4
+
+
+def test_pictures_of_vectors_and_images(tmp_path: Path) -> None:
+    from PIL import Image
+
+    ring = load("ring")
+    gan = GAN(nn.Linear(2, 2), nn.Linear(2, 1), shape=(2,), latent=Latent(2)).build()
+    picture(gan, ring, tmp_path / "a.png")
+    before = gan.stream("latent").get_state()
+    picture(gan, ring, tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert torch.equal(gan.stream("latent").get_state(), before)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size[0] > 400
+
+
+class TestSampler:
+    def test_every_sample_once_per_epoch_in_a_new_order_each_time(self) -> None:
+        data = load("ring")
+        sampler = Sampler(data, 1000, torch.Generator().manual_seed(0))
+        epochs = [torch.cat([sampler() for _ in range(100)]) for _ in range(2)]
+        true = data.batch(torch.arange(len(data)))
+        for epoch in epochs:
+            assert torch.equal(epoch.sort(0).values, true.sort(0).values)
+        assert not torch.equal(*epochs)
+
+    def test_what_is_left_over_is_dropped_and_small_data_is_repeated(self, tmp_path: Path) -> None:
+        import numpy as np
+
+        np.save(tmp_path / "x.npy", np.arange(40.0).reshape(20, 2))
+        data = load(str(tmp_path / "x.npy"))
+        assert len(data) == 18
+        sampler = Sampler(data, 8, torch.Generator().manual_seed(0))
+        first = torch.cat([sampler(), sampler()])
+        assert len(first.unique(dim=0)) == 16
+        assert Sampler(data, 50, torch.Generator())().shape == (50, 2)
+
+    @pytest.mark.parametrize("drawn", [0, 1, 3, 99, 100, 101, 250])
+    def test_it_continues_where_it_stopped(self, drawn: int) -> None:
+        data = load("ring")
+        one = Sampler(data, 1000, torch.Generator().manual_seed(0))
+        for _ in range(drawn):
+            one()
+        two = Sampler(data, 1000, torch.Generator().manual_seed(7))
+        two.load_state_dict(one.state_dict())
+        for _ in range(120):
+            assert torch.equal(one(), two())
+
+
