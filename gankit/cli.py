@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from importlib.metadata import metadata
 from pathlib import Path
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
 
 SECTIONS = {
     "data": ("data", "data_root", "image_size"),
-    "method": ("plugin", "loss"),
+    "method": ("plugin", "allow", "loss"),
     "networks": ("network", "generator", "discriminator", "width", "depth", "z_dim", "z", "ema"),
     "training": (
-        "steps", "batch", "lr_g", "lr_d", "beta1", "beta2", "d_steps", "decay_from", "seed", "device", "threads",
+        "steps", "batch", "lr_g", "lr_d", "beta1", "beta2", "d_steps", "decay_from", "decay_to", "seed", "device", "threads",
     ),
     "record": ("out", "name", "log_every", "eval_every", "save_every", "eval_samples", "keep"),
 }  # fmt: skip
@@ -57,7 +58,9 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; everything unexpected keeps its traceback."""
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *_: click.echo(f"warning: {message}", err=True)
+                return super().invoke(ctx)
         except UsageError as error:
             raise Failure(str(error)) from error
         except OSError as error:
@@ -113,8 +116,8 @@ def _flag(option: Option) -> Callable[[Any], Any]:
     default = ", ".join(by_kind) or option.default
     return click.option(
         *names,
-        metavar={"plugin": "NAME", "loss": "NAME"}.get(option.name, short.get(metavar, metavar)),
-        multiple=option.name == "plugin",
+        metavar="NAME" if option.name in ("plugin", "allow", "loss") else short.get(metavar, metavar),
+        multiple=option.name in ("plugin", "allow"),
         help=option.help + (f"  [{default}]" if default not in (None, (), {}) else "").replace("_", "-"),
     )
 

@@ -50,6 +50,7 @@ class Config:
         tuple[str, ...],
         "switch a plugin on: a name from `gankit plugins`, file.py:Class or module:Class; repeatable",
     ] = ()
+    allow: Annotated[tuple[str, ...], "go on in spite of a refusal, by the name it gives; repeatable"] = ()
     loss: Annotated[
         LossName,
         "non-saturating, saturating, least-squares (-o loss.a=0 -o loss.b=1 -o loss.c=1), wasserstein, hinge, relativistic"
@@ -59,7 +60,9 @@ class Config:
     network: Annotated[Literal["auto", "mlp", "dcgan", "resnet"], "family of networks; auto: mlp or dcgan"] = "auto"
     generator: Annotated[str | None, "your own: module:factory or file.py:factory(shape, z_dim)"] = None
     discriminator: Annotated[str | None, "your own: module:factory or file.py:factory(shapes)"] = None
-    width: Annotated[int | None, "hidden units (mlp), channels next to the image (dcgan, resnet)"] = None
+    width: Annotated[
+        int | None, "hidden units of G (mlp; D has twice as many), or channels next to the image (dcgan, resnet)"
+    ] = None
     depth: Annotated[int | None, "hidden layers of an mlp"] = None
     z_dim: Annotated[int | None, "dimensions of the latent"] = None
     z: Annotated[Literal["normal", "uniform"] | None, "prior of the latent; uniform is on (-1, 1)"] = None
@@ -72,7 +75,8 @@ class Config:
     beta1: Annotated[float | None, "Adam's first momentum"] = None
     beta2: Annotated[float | None, "Adam's second momentum"] = None
     d_steps: Annotated[int, "discriminator updates per step (n_critic, n_dis)"] = 1
-    decay_from: Annotated[float | None, "share of the steps after which both rates fall linearly to 0; 1: never"] = None
+    decay_from: Annotated[float | None, "share of the steps after which both rates fall linearly; 1: never"] = None
+    decay_to: Annotated[float | None, "share of the rates that is left at the end"] = None
 
     seed: Annotated[int, "same seed, same machine, same bits"] = 0
     device: Annotated[Device, "auto: cuda if there is one"] = "auto"
@@ -110,8 +114,10 @@ class Config:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, not {value}")
-        if self.decay_from is not None and not 0 <= self.decay_from <= 1:
-            raise ValueError(f"decay_from is a share of the steps, 0 to 1, not {self.decay_from}")
+        for name in ("decay_from", "decay_to"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} is a share, 0 to 1, not {value}")
         if self.threads != "auto":
             _at_least("threads", self.threads, 1)
 
@@ -124,18 +130,17 @@ def _at_least(name: str, value: float | None, least: float) -> None:
 # What None stands for, by kind of data. "plane" is 2-D data with the pair-wise paper's one-dimensional latent.
 RECIPES: dict[str, dict[str, Any]] = {
     "plane": {
-        "z_dim": 1, "z": "uniform", "ema": 0.998, "steps": 5000, "batch": 256, "lr_g": 1e-3, "lr_d": 1e-3,
-        "beta1": 0.5, "beta2": 0.999, "decay_from": 0.5, "width": 128, "depth": 3,
-        "eval_samples": 10_000,
+        "z_dim": 1, "z": "uniform", "ema": 0.998, "steps": 5000, "batch": 128, "lr_g": 2e-3, "lr_d": 3e-3,
+        "beta1": 0.0, "beta2": 0.99, "decay_from": 0.5, "decay_to": 0.2, "width": 96, "depth": 3, "eval_samples": 10_000,
     },
     "vector": {
         "z_dim": 64, "z": "normal", "ema": 0.998, "steps": 5000, "batch": 256, "lr_g": 5e-4, "lr_d": 5e-4,
-        "beta1": 0.5, "beta2": 0.999, "decay_from": 0.5, "width": 256, "depth": 3,
+        "beta1": 0.5, "beta2": 0.999, "decay_from": 0.5, "decay_to": 0.0, "width": 256, "depth": 3,
         "eval_samples": 10_000,
     },
     "image": {
         "z_dim": 100, "z": "normal", "ema": 0.995, "steps": 2000, "batch": 64, "lr_g": 2e-4, "lr_d": 2e-4,
-        "beta1": 0.5, "beta2": 0.999, "decay_from": 1.0, "eval_samples": 2048,
+        "beta1": 0.5, "beta2": 0.999, "decay_from": 1.0, "decay_to": 0.0, "eval_samples": 2048,
     },
 }  # fmt: skip
 

@@ -17,21 +17,30 @@ def mixing_weights(like: Tensor, generator: torch.Generator | None = None) -> Te
 
 
 def interpolate(
-    real: Sequence[Tensor], fake: Sequence[Tensor], generator: torch.Generator | None = None
+    real: Sequence[Tensor],
+    fake: Sequence[Tensor],
+    generator: torch.Generator | None = None,
+    *,
+    detach: bool = True,
 ) -> tuple[Tensor, ...]:
     """Random points on the segments from fake to real: u real + (1 - u) fake, one u ~ U(0, 1) per sample.
 
     real, fake: tuples of tensors (B, ...), the critic's arguments; the same u serves all of a sample's tensors. Tensors
-    that are not floating (labels) are taken from real. Returns detached leaves that require gradients.
+    that are not floating (labels) are taken from real. Returns detached leaves that require gradients; with
+    ``detach=False`` the points keep the graph of what they are mixed from, for unrolling through a penalty. Raises
+    ValueError if no tensor is floating.
     """
-    floating = next(t for t in real if t.is_floating_point())
+    floating = next((t for t in real if t.is_floating_point()), None)
+    if floating is None:
+        raise ValueError("there is nothing to mix: give at least one floating tensor a side")
     u = mixing_weights(floating, generator).flatten()
 
     def mix(r: Tensor, f: Tensor) -> Tensor:
         if not r.is_floating_point():
             return r
         weight = u.to(r.dtype).view(-1, *(1,) * (r.dim() - 1))
-        return (weight * r.detach() + (1 - weight) * f.detach()).requires_grad_()
+        point = weight * r + (1 - weight) * f
+        return point.detach().requires_grad_() if detach or not point.requires_grad else point
 
     return tuple(mix(r, f) for r, f in zip(real, fake, strict=True))
 
@@ -43,9 +52,30 @@ def input_gradients(logits: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, .
     the sample's mean logit. inputs: tensors (B, ...) the logits were computed from; those not floating are left out.
     Correct only if no logit depends on another sample, which batch normalisation in the critic violates.
     """
+    if not logits.dim():
+        raise ValueError("the critic must give one logit per sample, (B,) or (B, ...), not their mean")
     per_sample = logits.flatten(1).mean(1) if logits.dim() > 1 else logits
     floating = [t for t in inputs if t.is_floating_point()]
     return torch.autograd.grad(per_sample.sum(), floating, create_graph=True)
+
+
+def squared_norm_per_sample(tensors: Sequence[Tensor]) -> Tensor:
+    """(B,) squared Euclidean norm of each sample over all non-batch dimensions of all tensors."""
+    # (B, 1, ...): flatten(1) alone would refuse a tensor of one number per sample, (B,)
+    first, *others = (t.unsqueeze(1).flatten(1).square().sum(1) for t in tensors)
+    return sum(others, start=first)
+
+
+def squared_gradient_norm(logits: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    """(B,) ||d logits_i / d inputs_i||^2 of every sample, over all floating inputs together, with a graph.
+
+    Arguments and their limits as in :func:`input_gradients`: no forward pass, one double backward. Raises ValueError if
+    no input is floating, or one of them did not require gradients when the logits were computed.
+    """
+    floating = [t for t in inputs if t.is_floating_point()]
+    if not floating or not logits.requires_grad or not all(t.requires_grad for t in floating):
+        raise ValueError("there is no slope to take: compute the logits from inputs that require gradients")
+    return squared_norm_per_sample(input_gradients(logits, inputs))
 
 
 def norm_per_sample(tensors: Sequence[Tensor], eps: float = 0.0) -> Tensor:
@@ -53,7 +83,7 @@ def norm_per_sample(tensors: Sequence[Tensor], eps: float = 0.0) -> Tensor:
 
     With eps = 0 the gradient at a zero sample is 0 instead of NaN.
     """
-    squares = sum((t.flatten(1).square().sum(1) for t in tensors[1:]), start=tensors[0].flatten(1).square().sum(1))
+    squares = squared_norm_per_sample(tensors)
     if eps:
         return (squares + eps).sqrt()
     zero = squares == 0

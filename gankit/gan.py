@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import pluggy
@@ -87,6 +89,7 @@ class GAN:
     shape: of one sample, (D,) or (C, H, W).
     plugins: objects with hook implementations, by name, in the order in which they are to act.
     architecture: ``network``, ``width`` and ``depth`` of the shipped networks, for plugins that bring one more.
+    allow: names of refusals that are to be warnings.
     core: the same for behaviour of the core or of the caller; it acts after the plugins.
 
     ``build`` completes it. ``state_dict`` holds everything that moves, in tensors and plain containers.
@@ -105,6 +108,7 @@ class GAN:
     batch_size: int = 64
     d_steps: int = 1
     architecture: Mapping[str, Any] = field(default_factory=dict)
+    allow: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         self.step = 0  # finished or running steps, from 1
@@ -137,16 +141,30 @@ class GAN:
         """The next (n, z_dim) draw of the training latents; n defaults to the batch size."""
         return self.latent.draw(n or self.batch_size, self.stream("latent"))
 
+    def refuse(self, name: str, sentence: str) -> None:
+        """Raise UsageError with this sentence, unless the user allows what is called ``name``: then warn.
+
+        For ``setup``: what is known not to work, or not to mean what its author thinks.
+        """
+        if name not in self.allow:
+            raise UsageError(f"{sentence} (to go on all the same: --allow {name})")
+        warnings.warn(sentence, stacklevel=2)
+
     # -- building ------------------------------------------------------------------------------------------------
 
     def build(self) -> GAN:
         """Build networks, collect players, fit the discriminator to the view, run ``setup``, make the optimisers."""
         known = {"shape": self.shape, "z_dim": self.latent.dim, "latent": self.latent.kind}
         self._add("generator", self._make("generator", self.generator, **known), "g")
-        with seeded(self.seed, "players"):
-            for found in self.hook.players(gan=self):
-                for name, player in found.items():
-                    self._add(name, player.module, player.phase)
+        registered = self.manager.get_plugins()
+        for plugin in {
+            **self.plugins,
+            **self.core,
+        }.values():  # one by one: no network's start depends on another plugin
+            with seeded(self.seed, "players"):
+                found = self.manager.subset_hook_caller("players", registered - {plugin})(gan=self)
+            for name, player in chain.from_iterable(map(dict.items, found)):
+                self._add(name, player.module, player.phase)
         shapes = tuple(t.shape[1:] for t in self.first_view().real)
         self._add("discriminator", self._make("discriminator", self.discriminator, shapes=shapes, **known), "d")
         self._try_discriminator()
@@ -179,7 +197,7 @@ class GAN:
 
     def _add(self, name: str, module: nn.Module, phase: str) -> None:
         if name in self.players:
-            raise UsageError(f"two plugins bring a player called {name!r}: switch one of them off")
+            raise UsageError(f"a plugin brings a player called {name!r}, which there is already: rename it")
         module = module.to(self.device)
         self.players[name] = Player(module, phase)
         setattr(self, name, module)

@@ -11,7 +11,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from torch import nn
+from torch import Tensor, nn
 
 from gankit import networks
 from gankit.contract import Batch, Player, View
@@ -20,6 +20,38 @@ from gankit.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from gankit.gan import GAN
+
+
+def make_encoder(gan: GAN, factory: str | None, *, name: str = "encoder") -> nn.Module:
+    """A network from a sample (B, \\*shape) to a latent (B, z_dim), linear for a normal prior, tanh for a uniform one.
+
+    factory: None for the shipped network, or the user's own as ``module:factory`` or ``file.py:factory``, which asks by
+    name for any of ``shape``, ``z_dim``, ``latent``. name: what messages call it. It is initialised from the global
+    random generator, so call this inside the hook ``players``. Raises UsageError for a factory that makes no module.
+    """
+    if factory is None:
+        return networks.encoder(gan.shape, gan.latent.dim, latent=gan.latent.kind, **gan.architecture)
+    from gankit.gan import call_with_accepted
+    from gankit.plugins import load_object
+
+    function, _ = load_object(factory)
+    module = call_with_accepted(function, shape=gan.shape, z_dim=gan.latent.dim, latent=gan.latent.kind)
+    if not isinstance(module, nn.Module):
+        raise UsageError(f"the {name} factory {factory!r} returned a {type(module).__name__}, not a torch Module")
+    return module
+
+
+def encode(encoder: nn.Module, x: Tensor, z: Tensor, *, name: str = "encoder") -> Tensor:
+    """The codes of x, (B, z_dim) like z; UsageError if they have another shape."""
+    code: Tensor = encoder(x)
+    if code.shape != z.shape:
+        raise UsageError(f"the {name} gives codes of shape {tuple(code.shape[1:])}, the latent is {tuple(z.shape[1:])}")
+    return code
+
+
+def pairs(view: View, code: Tensor, z: Tensor) -> View:
+    """The view with a code of the real samples on the real side and z on the fake side, as last arguments."""
+    return View((*view.real, code), (*view.fake, z))
 
 
 @dataclass(eq=False)
@@ -31,20 +63,7 @@ class Joint:
     @hookimpl
     def players(self, gan: GAN) -> dict[str, Player]:
         """E, which maps a sample to a latent; its range is the prior's: tanh for a uniform latent, linear for a normal."""
-        return {"encoder": Player(self.make_encoder(gan), "g")}
-
-    def make_encoder(self, gan: GAN) -> nn.Module:
-        """The encoder's module; global random numbers are seeded by the caller."""
-        if self.encoder:
-            from gankit.gan import call_with_accepted
-            from gankit.plugins import load_object
-
-            factory, _ = load_object(self.encoder)
-            module: nn.Module = call_with_accepted(
-                factory, shape=gan.shape, z_dim=gan.latent.dim, latent=gan.latent.kind
-            )
-            return module
-        return networks.encoder(gan.shape, gan.latent.dim, latent=gan.latent.kind, **gan.architecture)
+        return {"encoder": Player(make_encoder(gan, self.encoder), "g")}
 
     @hookimpl
     def setup(self, gan: GAN) -> None:
@@ -55,15 +74,11 @@ class Joint:
     def sample(self, gan: GAN) -> Generator[None, Batch, Batch]:
         """Add the code of the real samples, ``extra["code"]``."""
         batch = yield
-        code = gan.players["encoder"].module(batch.real)
-        if code.shape != batch.z.shape:
-            raise UsageError(
-                f"the encoder gives codes of shape {tuple(code.shape[1:])}, the latent is {tuple(batch.z.shape[1:])}"
-            )
+        code = encode(gan.players["encoder"].module, batch.real, batch.z)
         return batch._replace(extra={**batch.extra, "code": code})
 
     @hookimpl(wrapper=True)
     def view(self, batch: Batch) -> Generator[None, View, View]:
         """Pairs: (x, E(x)) on the real side, (G(z), z) on the fake one."""
         view = yield
-        return View((*view.real, batch.extra["code"]), (*view.fake, batch.z))
+        return pairs(view, batch.extra["code"], batch.z)

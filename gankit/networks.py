@@ -24,11 +24,11 @@ NETWORKS = ("auto", "mlp", "dcgan", "resnet")
 LATENTS = ("normal", "uniform")
 NORMS = ("none", "batch")
 
-MLP_WIDTH = 128
+MLP_WIDTH = 96  # of G and E; D is twice as wide, which the ring needs (docs/decisions/0005-the-recipe-for-the-plane.md)
 MLP_DEPTH = 3
 DCGAN_WIDTH = 32
 RESNET_WIDTH = 64
-SLOPE = 0.2  # of every leaky ReLU
+SLOPE = 0.2  # of the leaky ReLU in image networks
 DCGAN_STD = 0.02  # of the initial weights, as in the DCGAN paper
 
 
@@ -42,7 +42,7 @@ def generator(
 ) -> nn.Module:
     """Build G: z (B, z_dim) -> (B, *shape); images pass through tanh, vectors are unbounded.
 
-    width: units per hidden layer (mlp, default 128), channels of the layer next to the image (dcgan, default 32)
+    width: units per hidden layer (mlp, default 96), channels of the layer next to the image (dcgan, default 32)
     or channels of every block (resnet, default 64). depth: hidden layers, mlp only (default 3).
     `UsageError` for an unknown network, sizes below 1 or an image size that the network cannot make.
     """
@@ -53,7 +53,7 @@ def generator(
         return ConvGenerator(z_dim, shape, width or DCGAN_WIDTH)
     if network == "resnet":
         return ResidualGenerator(z_dim, shape, width or RESNET_WIDTH)
-    return MLP(z_dim, shape, width or MLP_WIDTH, depth or MLP_DEPTH, slope=0.0, tanh=_is_image(shape))
+    return MLP(z_dim, shape, width or MLP_WIDTH, depth or MLP_DEPTH, tanh=_is_image(shape))
 
 
 def discriminator(
@@ -69,8 +69,9 @@ def discriminator(
     The first shape is the data (packed data have more channels or features); further ones, such as a latent
     (z_dim,), are joined as vectors: the mlp concatenates everything at its input, image networks concatenate them to
     the flattened features and score both through one hidden layer of 4 * width units.
-    width, depth: as for `generator`. norm: "none", or "batch" for the batch norm of the DCGAN paper, which makes a
-    logit depend on the other samples and so rules out per-sample gradient penalties. Errors as for `generator`.
+    width, depth: as for `generator`, but an mlp has 2 * width units per layer.
+    norm: "none", or "batch" for the batch norm of the DCGAN paper, which makes a logit depend on the other samples and
+    so rules out per-sample gradient penalties. Errors as for `generator`.
     """
     if not shapes:
         raise UsageError("a discriminator needs at least one input shape: give the shape of the data")
@@ -82,7 +83,7 @@ def discriminator(
     joint = sum(math.prod(shape) for shape in further)
     if network == "mlp":
         features = math.prod(first) + joint
-        return MLP(features, (), width or MLP_WIDTH, depth or MLP_DEPTH, slope=SLOPE, tanh=False)
+        return MLP(features, (), 2 * (width or MLP_WIDTH), depth or MLP_DEPTH, tanh=False)
     if network == "dcgan":
         width = width or DCGAN_WIDTH
         scorer = Scorer(ConvTrunk(first, width, norm), joint, 4 * width)
@@ -116,11 +117,11 @@ def encoder(
     if network == "resnet":
         return _init_resnet(Encoder(ResidualTrunk(shape, width or RESNET_WIDTH), z_dim, tanh))
     features = math.prod(shape)
-    return MLP(features, (z_dim,), width or MLP_WIDTH, depth or MLP_DEPTH, slope=SLOPE, tanh=tanh)
+    return MLP(features, (z_dim,), width or MLP_WIDTH, depth or MLP_DEPTH, tanh=tanh)
 
 
 class MLP(nn.Module):
-    """Linear layers with (leaky) ReLU: any number of inputs (B, ...), concatenated flat -> (B, *out_shape)."""
+    """Linear layers with ReLU: any number of inputs (B, ...), concatenated flat -> (B, *out_shape)."""
 
     def __init__(
         self,
@@ -129,7 +130,6 @@ class MLP(nn.Module):
         width: int,
         depth: int,
         *,
-        slope: float,
         tanh: bool,
     ) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class MLP(nn.Module):
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for i in range(depth):
             layers[f"hidden{i}"] = nn.Linear(in_features if i == 0 else width, width)
-            layers[f"activation{i}"] = nn.LeakyReLU(slope) if slope else nn.ReLU()
+            layers[f"activation{i}"] = nn.ReLU()
         layers["out"] = nn.Linear(width, math.prod(out_shape))
         if tanh:
             layers["tanh"] = nn.Tanh()

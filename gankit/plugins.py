@@ -195,6 +195,8 @@ def manager(plugins: Mapping[str, object], core: Mapping[str, object]) -> Manage
 def _validate(plugin: object, name: str) -> None:
     if inspect.isclass(plugin):
         raise ContractError(f"plugin {name!r} is the class {plugin.__name__}: give an instance, {plugin.__name__}()")
+    if type(plugin).__hash__ is None:
+        raise ContractError(f"plugin {name!r} compares by value: declare it @dataclass(eq=False)")
     for attribute in dir(type(plugin)):
         method = inspect.getattr_static(plugin, attribute)
         marker = getattr(method, "gankit_impl", None)
@@ -226,7 +228,8 @@ def _note(error: Exception, plugin: str, hook: str) -> None:
         error.add_note(f"in plugin {plugin!r}, hook {hook!r}")
 
 
-def _check(value: Any, hook: str, plugin: str, pm: Manager) -> None:
+def _check(value: Any, hook: str, plugin: str, pm: Manager, *, passed_on: bool = False) -> None:
+    """Hold a result to the contract; one that a wrapper passed on may hold names of other plugins."""
     from gankit.contract import CHECKS
 
     try:
@@ -236,8 +239,11 @@ def _check(value: Any, hook: str, plugin: str, pm: Manager) -> None:
     if isinstance(value, dict):
         for name in value:
             owner = pm.owners.setdefault((hook, name), plugin)
-            if owner != plugin:
-                raise ContractError(f"plugin {plugin!r}, hook {hook}: the name {name!r} is already used by {owner!r}")
+            if owner != plugin and not passed_on:
+                raise ContractError(
+                    f"plugin {plugin!r}, hook {hook}: the name {name!r} is already used by {owner!r}: "
+                    "switch one of the two off"
+                )
 
 
 def _guard(function: Callable[..., Any], hook: str, plugin: str, pm: Manager) -> Callable[..., Any]:
@@ -300,7 +306,7 @@ def _guard_wrapper(function: Callable[..., Any], hook: str, plugin: str, pm: Man
                 pm.meter.add(plugin, started)
         for item in value if isinstance(value, list) else [value]:
             if item is not None or hook in ("sample", "view", "critic"):
-                _check(item, hook, plugin, pm)
+                _check(item, hook, plugin, pm, passed_on=True)
         return value
 
     return guarded

@@ -128,6 +128,7 @@ def assemble(config: Config, shape: tuple[int, ...], core: Mapping[str, object])
         batch_size=config.batch,
         d_steps=config.d_steps,
         architecture=architecture,
+        allow=frozenset(config.allow),
     )
     return gan, sources
 
@@ -142,7 +143,7 @@ class Session:
         """``config`` is resolved. Networks are built and refusals made; nothing is written."""
         assert config.steps is not None and config.batch is not None and config.eval_samples is not None
         assert config.eval_every is not None and config.save_every is not None
-        assert config.ema is not None and config.decay_from is not None
+        assert config.ema is not None and config.decay_from is not None and config.decay_to is not None
         device = choose_device(config.device)
         self.run, self.reporter, self.steps = run, reporter, config.steps
         self.data = data.to(device)
@@ -156,7 +157,7 @@ class Session:
         core = {
             "data": sampler,
             "averaging": Averaging(config.ema),
-            "decay": LinearDecay(config.decay_from, config.steps),
+            "decay": LinearDecay(config.decay_from, config.steps, config.decay_to),
             "stats": self.stats,
             "metrics": self.metrics,
             "reporter": reporter,
@@ -207,6 +208,7 @@ class Session:
     def train(self) -> Result:
         """Train to the end or to a signal, and record how it ended."""
         started = time.perf_counter()
+        self.stats.started = started
         self.reporter.start(self.gan, self.run, self.steps)
         try:
             with stoppable(self.gan) as received:
@@ -235,11 +237,18 @@ class Session:
         )
         self.run.write_json("summary.json", result.plain())
         with suppress(UsageError):  # matplotlib is an extra
-            pictures.curves(
-                {"training": self.run.rows("stats.jsonl"), "metrics": evaluations},
-                self.run.path / "curves.png",
-            )
+            pictures.curves(curve_groups(self.run), self.run.path / "curves.png")
         return result
+
+
+def curve_groups(run: RunDir) -> dict[str, list[dict[str, Any]]]:
+    """What a run recorded, as groups of columns over the step, what matters most first."""
+    groups = {"metrics": run.rows("metrics.jsonl")[1:]}
+    for group, starts in [("losses", ("d_loss", "g_loss")), ("share of the gradient", ("gradient_share/",)),
+                          ("rates and milliseconds", ("lr_", "ms/"))]:  # fmt: skip
+        rows = run.rows("stats.jsonl")
+        groups[group] = [{k: v for k, v in row.items() if k == "step" or k.startswith(starts)} for row in rows]
+    return groups
 
 
 def environment(device: torch.device) -> dict[str, Any]:

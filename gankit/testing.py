@@ -56,7 +56,7 @@ def tiny_gan(
     return gan.build()
 
 
-@dataclass
+@dataclass(eq=False)
 class Log:
     """Records every update: (phase, step, {term: value})."""
 

@@ -68,18 +68,19 @@ def _tensors(module: torch.nn.Module) -> list[Tensor]:
 
 
 class LinearDecay:
-    """Learning rates that fall linearly to 0 over the steps after ``start``."""
+    """Learning rates that fall linearly, from the share ``start`` of the steps to their share ``end`` after the last."""
 
-    def __init__(self, start: float, steps: int) -> None:
+    def __init__(self, start: float, steps: int, end: float = 0.0) -> None:
         self.start = round(start * steps)
         self.steps = steps
+        self.end = end
 
     @hookimpl
     def post_step(self, gan: GAN, phase: str, step: int) -> None:
         """Set the rates of the next step."""
         if phase == "d" or step <= self.start:
             return
-        factor = (self.steps - step) / (self.steps - self.start)
+        factor = self.end + (1 - self.end) * (self.steps - step) / (self.steps - self.start)
         for player, optimizer in gan.optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = factor * gan.optim[player].lr

@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +290,17 @@ def test_two_plugins_cannot_use_one_term_name() -> None:
         run({"first": ConstantTerm(), "second": ConstantTerm()}, steps=1)
 
 
+def test_a_wrapper_may_pass_on_and_add_terms() -> None:
+    class Doubles:
+        @hookimpl(wrapper=True)
+        def pre_d_loss(self) -> Generator[None, list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+            results = yield
+            return [{name: 2 * term for name, term in result.items()} for result in results]
+
+    _, log = run({"doubles": Doubles(), "constant": ConstantTerm()}, steps=1)
+    assert log.updates[0][2]["three"] == 6
+
+
 def test_a_misspelt_hook_argument_or_marker_is_refused_at_load() -> None:
     class Hook:
         @hookimpl
@@ -310,6 +322,7 @@ def test_a_misspelt_hook_argument_or_marker_is_refused_at_load() -> None:
         (Marker(), "carries @gankit.hookimpl"),
         (Nothing(), "implements no hook"),
         (ConstantTerm, "give an instance"),
+        (dataclass(type("Equal", (ConstantTerm,), {}))(), "eq=False"),
     ]:
         with pytest.raises(ContractError, match=message):
             tiny_gan(plugins={"p": plugin})

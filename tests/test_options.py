@@ -100,6 +100,7 @@ def test_resolve_fills_in_the_recipe_and_keeps_what_was_said(shape: tuple[int, .
     assert (found.steps, found.z_dim) == (77, 5)
     assert found.batch == RECIPES[kind]["batch"]
     unset = {"data_root", "image_size", "generator", "discriminator", "name"}
+    unset |= {"width", "depth"} if kind == "image" else set()  # the networks know
     assert {f.name for f in dataclasses.fields(Config) if getattr(found, f.name) is None} == unset
 
 

@@ -151,7 +151,7 @@ def test_plugins_import_public_names_only_and_never_each_other(name: str) -> Non
 
     path = ROOT / "plugins" / name / f"gankit_{name}.py"
     text = path.read_text()
-    assert _imports(path) <= {*gankit.__all__, "functional", "joint", "losses", "networks"}
+    assert _imports(path) <= {*gankit.__all__, "functional", "joint", "losses", "networks", "checks"}
     assert not [other for other in IN_TREE if other != name and f"gankit_{other}" in text.replace(f"gankit_{name}", "")]
 
 

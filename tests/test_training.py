@@ -77,6 +77,15 @@ def test_rates_are_flat_and_then_fall_linearly_to_zero() -> None:
     assert rates == [pytest.approx((4 * f, 2 * f)) for f in factors]
 
 
+def test_rates_may_keep_a_share() -> None:
+    gan = tiny_gan(core={"decay": LinearDecay(0.5, 4, 0.2)})
+    seen = []
+    for steps in (2, 3, 4):
+        train(gan, steps)
+        seen.append(gan.optimizers["g"].param_groups[0]["lr"] / gan.optim["g"].lr)
+    assert seen == pytest.approx([1, 0.6, 0.2])
+
+
 def test_stats_are_means_since_the_last_line() -> None:
     rows: list[dict[str, Any]] = []
 
@@ -214,5 +223,3 @@ class TestSampler:
         two.load_state_dict(one.state_dict())
         for _ in range(120):
             assert torch.equal(one(), two())
-
-

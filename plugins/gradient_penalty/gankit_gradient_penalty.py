@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gankit import View, hookimpl
+from gankit.checks import need_per_sample_critic
 from gankit.functional import input_gradients, interpolate, norm_per_sample
 
 if TYPE_CHECKING:
@@ -66,6 +67,11 @@ class GradientPenalty:
             raise ValueError("weight and center must not be negative")
         if self.every < 1:
             raise ValueError("every must be at least 1")
+
+    @hookimpl(trylast=True)
+    def setup(self, gan: GAN) -> None:
+        """Refuse a critic whose batch norm mixes samples."""
+        need_per_sample_critic(gan, "gradient_penalty")
 
     @hookimpl
     def pre_d_loss(self, gan: GAN, critic: Callable[..., Tensor], view: View, step: int) -> dict[str, Tensor] | None:

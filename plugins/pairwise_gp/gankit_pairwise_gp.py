@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gankit import Batch, hookimpl
+from gankit.checks import need_per_sample_critic
 from gankit.functional import input_gradients, interpolate, norm_per_sample
 from gankit.joint import Joint
 
@@ -57,7 +58,7 @@ def pairwise_gradient_penalty(
         raise ValueError(f"reduction is 'mean' or 'sum', not {reduction!r}")
     (x,) = interpolate((real,), (reconstruction,), generator)
     (gradient,) = input_gradients(critic(x, *(t.detach() for t in given)), (x,))
-    squares = (gradient - unit_vectors(real - reconstruction)).square().flatten(1)
+    squares = (gradient - unit_vectors(real - reconstruction)).square().unsqueeze(1).flatten(1)
     return (squares.mean(1) if reduction == "mean" else squares.sum(1)).mean()
 
 
@@ -81,14 +82,23 @@ class PairwiseGP(Joint):
         if self.every < 1:
             raise ValueError("every must be at least 1")
 
+    @hookimpl(trylast=True)
+    def setup(self, gan: GAN) -> None:
+        """As for a BiGAN; refuse a critic whose batch norm mixes samples."""
+        super().setup(gan)
+        need_per_sample_critic(gan, "pairwise_gp")
+
     @hookimpl
     def pre_d_loss(self, gan: GAN, critic: Callable[..., Tensor], batch: Batch, step: int) -> dict[str, Tensor] | None:
         """The term "pairwise_gp"; the pair (x, xhat) is shown as the critic sees samples, so packing applies to it too."""
         if step % self.every:
             return None
         code = batch.extra["code"].detach()
+        # copies: this pass must not mix reconstructions into the running statistics that G's own samples rely on
+        buffers = {name: buffer.clone() for name, buffer in gan.generator.named_buffers()}
         with torch.no_grad():
-            pair = batch._replace(fake=gan.generator(code), z=code, extra={**batch.extra, "code": code})
+            reconstructed = torch.func.functional_call(gan.generator, buffers, (code,))
+            pair = batch._replace(fake=reconstructed, z=code, extra={**batch.extra, "code": code})
             real, reconstruction = gan.hook.view(gan=gan, batch=pair, phase="d", step=step)
         penalty = pairwise_gradient_penalty(
             critic, real[0], reconstruction[0], *real[1:], reduction=self.reduction, generator=gan.rng(self)
