@@ -1,8 +1,9 @@
 """The joint setting of BiGAN and ALI: an encoder E trained with G, and a critic of pairs (x, z).
 
 The discriminator tells (x, E(x)) from (G(z), z); G and E together minimise the mirrored loss on both sides
-(Donahue et al. 2017, arXiv:1605.09782, eq. 3; Dumoulin et al. 2017, arXiv:1606.00704). Plugins that need the setting
-inherit :class:`Joint`.
+(Donahue et al. 2017, arXiv:1605.09782, eq. 3; Dumoulin et al. 2017, arXiv:1606.00704). BiGAN's E is a function of x, ALI's
+draws z from a normal distribution whose mean and variance depend on x: ``stochastic``. Plugins that need the setting inherit
+:class:`Joint`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
+import torch
 from torch import Tensor, nn
 
 from gankit import networks
@@ -22,20 +24,23 @@ if TYPE_CHECKING:
     from gankit.gan import GAN
 
 
-def make_encoder(gan: GAN, factory: str | None, *, name: str = "encoder") -> nn.Module:
+def make_encoder(gan: GAN, factory: str | None, *, name: str = "encoder", stochastic: bool = False) -> nn.Module:
     """A network from a sample (B, \\*shape) to a latent (B, z_dim), linear for a normal prior, tanh for a uniform one.
 
     factory: None for the shipped network, or the user's own as ``module:factory`` or ``file.py:factory``, which asks by
-    name for any of ``shape``, ``z_dim``, ``latent``. name: what messages call it. It is initialised from the global
-    random generator, so call this inside the hook ``players``. Raises UsageError for a factory that makes no module.
+    name for any of ``shape``, ``z_dim``, ``latent``. name: what messages call it. stochastic: for :func:`reparametrise`, a
+    linear output of twice the size whatever the prior (a factory gets the doubled ``z_dim``, and ``latent`` "normal"). It
+    is initialised from the global random generator, so call this inside the hook ``players``. Raises UsageError for a
+    factory that makes no module.
     """
+    z_dim, latent = (2 * gan.latent.dim, "normal") if stochastic else (gan.latent.dim, gan.latent.kind)
     if factory is None:
-        return networks.encoder(gan.shape, gan.latent.dim, latent=gan.latent.kind, **gan.architecture)
+        return networks.encoder(gan.shape, z_dim, latent=latent, **gan.architecture)
     from gankit.gan import call_with_accepted
     from gankit.plugins import load_object
 
     function, _ = load_object(factory)
-    module = call_with_accepted(function, shape=gan.shape, z_dim=gan.latent.dim, latent=gan.latent.kind)
+    module = call_with_accepted(function, shape=gan.shape, z_dim=z_dim, latent=latent)
     if not isinstance(module, nn.Module):
         raise UsageError(f"the {name} factory {factory!r} returned a {type(module).__name__}, not a torch Module")
     return module
@@ -49,6 +54,21 @@ def encode(encoder: nn.Module, x: Tensor, z: Tensor, *, name: str = "encoder") -
     return code
 
 
+def reparametrise(statistics: Tensor, *, tanh: bool = False, generator: torch.Generator | None = None) -> Tensor:
+    """Draw z = mean + exp(log_variance / 2) * noise, noise ~ N(0, I): ALI's encoder (arXiv:1606.00704, section 2).
+
+    statistics: (B, 2 z_dim), the mean in the first half of the coordinates, the logarithm of the variance in the second.
+    tanh: squash the draw into (-1, 1), the support of a uniform prior; mean and variance are those before. generator: source
+    of the noise. Returns (B, z_dim) with a graph to the statistics. Raises ValueError for an odd number of them.
+    """
+    if statistics.dim() != 2 or statistics.shape[1] % 2:
+        raise ValueError(f"mean and log-variance have the shape (B, 2 z_dim), not {tuple(statistics.shape)}")
+    mean, log_variance = statistics.chunk(2, dim=1)
+    noise = torch.empty_like(mean).normal_(generator=generator)
+    z = mean + (log_variance / 2).exp() * noise
+    return z.tanh() if tanh else z
+
+
 def pairs(view: View, code: Tensor, z: Tensor) -> View:
     """The view with a code of the real samples on the real side and z on the fake side, as last arguments."""
     return View((*view.real, code), (*view.fake, z))
@@ -56,14 +76,20 @@ def pairs(view: View, code: Tensor, z: Tensor) -> View:
 
 @dataclass(eq=False)
 class Joint:
-    """Brings the player "encoder", the code ``batch.extra["code"]`` = E(x) (B, z_dim), and the joint view."""
+    """Brings the player "encoder", the code ``batch.extra["code"]`` = E(x) (B, z_dim), and the joint view.
+
+    ``stochastic``: the network gives mean and log-variance, and the code is one draw for each x from the plugin's own
+    random stream, squashed by tanh for a uniform prior. This draw is what the critic sees, and what plugins that ask for the
+    code get.
+    """
 
     encoder: Annotated[str | None, "your own: module:factory or file.py:factory(shape, z_dim)"] = None
+    stochastic: Annotated[bool, "E gives mean and log-variance (2 z_dim outputs) and z is drawn, as in ALI"] = False
 
     @hookimpl
     def players(self, gan: GAN) -> dict[str, Player]:
         """E, which maps a sample to a latent; its range is the prior's: tanh for a uniform latent, linear for a normal."""
-        return {"encoder": Player(make_encoder(gan, self.encoder), "g")}
+        return {"encoder": Player(make_encoder(gan, self.encoder, stochastic=self.stochastic), "g")}
 
     @hookimpl
     def setup(self, gan: GAN) -> None:
@@ -74,7 +100,12 @@ class Joint:
     def sample(self, gan: GAN) -> Generator[None, Batch, Batch]:
         """Add the code of the real samples, ``extra["code"]``."""
         batch = yield
-        code = encode(gan.players["encoder"].module, batch.real, batch.z)
+        encoder = gan.players["encoder"].module
+        if self.stochastic:
+            statistics = encode(encoder, batch.real, batch.z.repeat(1, 2), name="stochastic encoder")
+            code = reparametrise(statistics, tanh=gan.latent.kind == "uniform", generator=gan.rng(self))
+        else:
+            code = encode(encoder, batch.real, batch.z)
         return batch._replace(extra={**batch.extra, "code": code})
 
     @hookimpl(wrapper=True)

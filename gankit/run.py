@@ -93,8 +93,10 @@ def choose_device(wanted: str) -> torch.device:
 
 def choose_threads(gan: GAN) -> int:
     """CPU threads for a built GAN: by the work of one forward pass, so that every run of it gets the same bits."""
+    gan.discriminator.eval()  # so that nothing moves: batch-norm statistics, power iterations
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         gan.discriminator(*gan.first_view().real)
+    gan.discriminator.train()
     many = counter.get_total_flops() / 2 > WORTH_THREADS
     return min(os.cpu_count() or 1, 8) if many else 1
 

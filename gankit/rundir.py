@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from gankit.errors import UsageError
-from gankit.files import write_atomic
+from gankit.files import naming, write_atomic
 
 CHECKPOINT = re.compile(r"step-(\d+)")
 
@@ -115,7 +115,7 @@ class RunDir:
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """One line of a .jsonl file, handed to the operating system at once."""
-        with (self.path / name).open("a") as file:
+        with naming(self.path / name), (self.path / name).open("a") as file:
             file.write(json.dumps(_finite(row)) + "\n")
 
     def rows(self, name: str) -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """Whole runs through the command line: what they write, how they end, how they continue."""
 
 import json
-import os
 import random
 import re
 import signal
@@ -286,10 +285,32 @@ def test_bad_input_is_one_sentence_with_exit_code_2(arguments: list[str], messag
     assert not Path("runs").exists() or not list(Path("runs").iterdir())
 
 
-@pytest.mark.skipif(os.getuid() == 0, reason="root may write anywhere")
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no /proc, where not even root may write")
 def test_an_unwritable_folder_is_one_sentence() -> None:
-    Path("locked").mkdir(mode=0o500)
-    assert "locked" in gankit("run", "--out", "locked/runs", *FAST, code=2).output
+    assert "cannot read or write /proc/runs" in gankit("run", "--out", "/proc/runs", *FAST, code=2).output
+
+
+def test_a_disk_that_fills_up_is_one_sentence_and_leaves_a_run_that_can_be_continued() -> None:
+    code = (
+        "import resource, sys\n"
+        "from gankit.cli import main\n"
+        "import gankit.rundir\n"
+        "save = gankit.rundir.RunDir.save\n"
+        "def full(self, weights, state, step):\n"
+        "    if step > 5:\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))\n"
+        "    return save(self, weights, state, step)\n"
+        "gankit.rundir.RunDir.save = full\n"
+        f"main({['run', *FAST, '--name', 'r', '--eval-every', '0']!r})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.search(r"^gankit: cannot read or write .*: File too large$", done.stderr, re.MULTILINE)
+    assert "Traceback" not in done.stderr
+    assert [p.name for p in sorted(Path("runs/r/checkpoints").iterdir())] == ["latest", "step-000005"]
+    gankit("resume", "r")
+    gankit("run", *FAST, "--name", "whole", "--eval-every", "0")
+    assert_equal_states(final_state(Path("runs/whole")), final_state(Path("runs/r")))
 
 
 def test_a_file_in_the_way_of_the_folder_is_one_sentence() -> None:

@@ -24,6 +24,7 @@ def gradient_penalty(
     *,
     center: float = 1.0,
     one_sided: bool = False,
+    detach: bool = True,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Mean over the batch of (||grad D(x~)||_2 - center)^2 at x~ = u real + (1 - u) fake, one u ~ U(0, 1) per sample.
@@ -35,6 +36,7 @@ def gradient_penalty(
         all floating tensors are mixed with one u per sample and share one norm, others (labels) are taken from real.
     center: the norm asked for; 1 for WGAN-GP, 0 for a zero-centred penalty.
     one_sided: penalise norms above ``center`` only (WGAN-LP: Petzka et al. 2018, arXiv:1709.08894, eq. 8).
+    detach: keep the penalty from real and fake, so that it trains the critic alone; False for unrolling through it.
     generator: source of u; default: torch's global one.
 
     Returns a 0-dim tensor with a graph to the critic's parameters. Costs one critic forward and one double backward.
@@ -45,7 +47,7 @@ def gradient_penalty(
     shapes = [tuple(t.shape) for t in real], [tuple(t.shape) for t in fake]
     if shapes[0] != shapes[1]:
         raise ValueError(f"real and fake must have the same shapes, not {shapes[0]} and {shapes[1]}")
-    x = interpolate(real, fake, generator)
+    x = interpolate(real, fake, generator, detach=detach)
     excess = norm_per_sample(input_gradients(critic(*x), x)) - center
     return (excess.relu() if one_sided else excess).square().mean()
 
@@ -84,6 +86,7 @@ class GradientPenalty:
             view.fake,
             center=self.center,
             one_sided=self.one_sided,
+            detach=False,
             generator=gan.rng(self),
         )
         return {"gradient_penalty": self.weight * self.every * penalty}

@@ -1,0 +1,65 @@
+"""The R1 gradient penalty (Mescheder et al. 2018, arXiv:1801.04406, eq. 9), as a function and as a gankit plugin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from torch import Tensor
+
+from gankit import View, hookimpl
+from gankit.checks import need_per_sample_critic
+from gankit.functional import squared_gradient_norm
+
+if TYPE_CHECKING:
+    from gankit import GAN
+
+
+def r1_penalty(logits: Tensor, inputs: Tensor | Sequence[Tensor]) -> Tensor:
+    """Half the mean over the batch of ||grad_x D(x)||_2^2 at real x, from logits that are already there.
+
+    Equation 9 of arXiv:1801.04406 without its weight gamma, but with its factor 1/2 (as stylegan3 and R3GAN; the
+    paper's own code leaves the 1/2 out, so its 10 is 20 here). The sum runs over all non-batch dimensions.
+
+    logits: (B, ...) of the real samples; several logits of one sample (a patch critic's map) are averaged. inputs: the
+        tensor (B, ...), or the tuple of the critic's arguments, that they were computed from, requiring gradients; of a
+        tuple all floating tensors count, in one sum, and others (labels) are left out. No logit may depend on another
+        sample (so no batch normalisation).
+
+    Returns a 0-dim tensor with a graph to the critic's parameters. Costs no critic
+    forward and one double backward. Raises ValueError if an input did not require gradients.
+    """
+    inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    return squared_gradient_norm(logits, inputs).mean() / 2
+
+
+@dataclass(eq=False)
+class R1:
+    """Flatten the critic at the real samples: a zero-centred penalty on its squared gradient there (R1)."""
+
+    formula: ClassVar[str] = "weight/2 * mean_i ||grad D(x_i)||_2^2"
+    paper: ClassVar[str] = (
+        "Mescheder et al. 2018, Which Training Methods for GANs do actually Converge?, arXiv:1801.04406, eq. 9"
+    )
+
+    weight: Annotated[float, "the paper's gamma: half of it multiplies the mean square"] = 10.0
+    every: Annotated[int, "apply in every k-th step, k times as strong (lazy regularization)"] = 1
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise ValueError("weight must not be negative")
+        if self.every < 1:
+            raise ValueError("every must be at least 1")
+
+    @hookimpl(trylast=True)
+    def setup(self, gan: GAN) -> None:
+        """Refuse a critic whose batch norm mixes samples."""
+        need_per_sample_critic(gan, "r1")
+
+    @hookimpl
+    def pre_d_loss(self, view: View, real_logits: Tensor, step: int) -> dict[str, Tensor] | None:
+        """The term "r1" from the logits at hand; in a joint view with respect to all floating inputs of the critic."""
+        if step % self.every:
+            return None
+        return {"r1": self.weight * self.every * r1_penalty(real_logits, view.real)}
