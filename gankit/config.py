@@ -7,20 +7,11 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from gankit.errors import UsageError
 from gankit.options import build, closest, options_of
 
-LOSSES = (
-    "non_saturating",
-    "saturating",
-    "least_squares",
-    "wasserstein",
-    "hinge",
-    "relativistic",
-    "relativistic_average",
-)
 LossName = Literal[
     "non_saturating",
     "saturating",
@@ -30,6 +21,7 @@ LossName = Literal[
     "relativistic",
     "relativistic_average",
 ]
+LOSSES: tuple[str, ...] = get_args(LossName)
 Device = Literal["auto", "cpu", "cuda"]
 Options = dict[str, dict[str, Any]]
 

@@ -305,7 +305,7 @@ def start(config: Config, reporter: Reporter) -> Result:
     data = read_data(config, reporter)
     config = configuration.resolve(config, data.shape)
     reporter.data(datasets.summary(data))
-    label = "-".join([data.name, *(Path(name.rpartition(":")[2]).name for name in config.plugin)])
+    label = "-".join(Path(name.rpartition(":")[2]).stem for name in (config.data, *config.plugin))
     run = RunDir.create(Path(config.out), config.name, label)
     try:
         session = Session(config, data, run, reporter)

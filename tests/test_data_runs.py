@@ -62,7 +62,8 @@ def test_a_zip_of_images_in_class_folders() -> None:
             buffer = BytesIO()
             Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(buffer, "PNG")
             archive.writestr(f"{'cat' if i % 2 else 'dog'}/{i}.png", buffer.getvalue())
-    trained("--data", "photos.zip", "--width", "4", "--plugin", "gradient_penalty", "--loss", "wasserstein")
+    found = trained("--data", "photos.zip", "--width", "4", "--plugin", "gradient_penalty", "--loss", "wasserstein")
+    assert Path(str(found["run"])).name == "00000-photos-gradient_penalty"
 
 
 def test_arrays_and_tables() -> None:

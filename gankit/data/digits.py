@@ -118,7 +118,7 @@ def _find(data_root: str | None) -> list[Path]:
         way = f"or make the download from {MIRROR} work (it failed: {error})"
     raise UsageError(
         f"MNIST was not found: its files {', '.join(FILES)} (each .gz or not) were looked for {looked}; "
-        f"name the folder that holds them by data_root or the variable GANKIT_DATA, {way}"
+        f"name the folder that holds them with --data-root (data_root) or in the variable GANKIT_DATA, {way}"
     ) from reason
 
 
