@@ -131,8 +131,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "eval_samples": 10_000,
     },
     "image": {
-        "z_dim": 100, "z": "normal", "ema": 0.995, "steps": 2000, "batch": 64, "lr_g": 2e-4, "lr_d": 2e-4,
-        "beta1": 0.5, "beta2": 0.999, "decay_from": 1.0, "decay_to": 0.0, "eval_samples": 2048,
+        "z_dim": 64, "z": "normal", "ema": 0.995, "steps": 2000, "batch": 64, "lr_g": 5e-4, "lr_d": 5e-4,
+        "beta1": 0.5, "beta2": 0.999, "decay_from": 0.5, "decay_to": 0.1, "eval_samples": 2048,
     },
 }  # fmt: skip
 
