@@ -15,7 +15,7 @@ import click
 
 from gankit import __version__
 from gankit.config import RECIPES, Config, Device, make, read_toml
-from gankit.errors import UsageError
+from gankit.errors import Diverged, UsageError
 from gankit.options import Option, closest, options_of, type_name
 from gankit.plugins import available, distribution_of, find
 
@@ -66,9 +66,7 @@ class Commands(click.Group):
         except OSError as error:
             what = f"{error.filename}: " if error.filename else ""
             raise Failure(f"cannot read or write {what}{error.strerror or error}") from error
-        except ArithmeticError as error:
-            if type(error).__name__ != "Diverged":
-                raise
+        except Diverged as error:
             raise Stopped(str(error)) from error
 
     def resolve_command(

@@ -1,4 +1,4 @@
-"""The one error type that means "the user can fix this"; the command line turns it into exit code 2."""
+"""The errors that the command line shows as one sentence."""
 
 
 class UsageError(ValueError):
@@ -6,3 +6,7 @@ class UsageError(ValueError):
 
     The command line prints the sentence without a traceback and exits with code 2.
     """
+
+
+class Diverged(ArithmeticError):
+    """Training produced a value that is not finite; the message names step and term. Exit code 1."""

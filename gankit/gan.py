@@ -157,10 +157,8 @@ class GAN:
         known = {"shape": self.shape, "z_dim": self.latent.dim, "latent": self.latent.kind}
         self._add("generator", self._make("generator", self.generator, **known), "g")
         registered = self.manager.get_plugins()
-        for plugin in {
-            **self.plugins,
-            **self.core,
-        }.values():  # one by one: no network's start depends on another plugin
+        for plugin in (*self.plugins.values(), *self.core.values()):
+            # one by one, so that no network's start depends on another plugin
             with seeded(self.seed, "players"):
                 found = self.manager.subset_hook_caller("players", registered - {plugin})(gan=self)
             for name, player in chain.from_iterable(map(dict.items, found)):
@@ -204,7 +202,8 @@ class GAN:
 
     @torch.no_grad()
     def first_view(self) -> View:
-        """A view of zeros in evaluation mode: shapes without moving any state."""
+        """A view of zeros in evaluation mode: shapes without moving any state, random streams included."""
+        before = {name: rng.get_state() for name, rng in self.rngs.items()}
         for player in self.players.values():
             player.module.eval()
         real = torch.zeros(self.batch_size, *self.shape, device=self.device)
@@ -217,6 +216,9 @@ class GAN:
         view: View = self.hook.view(gan=self, batch=batch, phase="d", step=0)
         for player in self.players.values():
             player.module.train()
+        self.rngs = {name: self.rngs[name] for name in before}
+        for name, state in before.items():
+            self.rngs[name].set_state(state)
         return view
 
     def parameters(self, phase: str) -> list[nn.Parameter]:

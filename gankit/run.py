@@ -27,14 +27,14 @@ from gankit import config as configuration
 from gankit import data as datasets
 from gankit.config import Config, Device
 from gankit.data import Dataset
-from gankit.errors import UsageError
+from gankit.errors import Diverged, UsageError
 from gankit.files import write_atomic
 from gankit.gan import GAN, Latent, Optim, derive_seed
 from gankit.loop import train
 from gankit.plugins import Source, create, load_object
 from gankit.rundir import RunDir
 from gankit.sampler import Sampler
-from gankit.training import Averaging, Diverged, Evaluator, LinearDecay, Metrics, Saver, Stats, measure
+from gankit.training import Averaging, Evaluator, LinearDecay, Metrics, Saver, Stats, measure
 
 # Multiply-adds of one forward pass of G and D above which a second thread pays: tests/benchmarks/threads.py.
 WORTH_THREADS = 50e6

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from gankit.rundir import RunDir
     from gankit.training import Stats
 
-# How a metric is written, what it means, and whether more of it is better.
+# A metric's name for people, and how its value is written.
 METRICS: dict[str, tuple[str, str]] = {
     "modes": ("modes captured", "{:.0f}"),
     "high_quality": ("high quality", "{:.1%}"),

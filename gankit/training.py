@@ -14,16 +14,13 @@ from torch import Tensor
 
 from gankit import metrics, pictures
 from gankit.data import Dataset
+from gankit.errors import Diverged
 from gankit.gan import GAN, derive_seed
 from gankit.hookspecs import hookimpl
 from gankit.rundir import RunDir
 
 # Prime, so that a term applied in every k-th step is met as often as it occurs.
 PROBE_EVERY = 47
-
-
-class Diverged(ArithmeticError):
-    """Training produced a value that is not finite; the message names step and term."""
 
 
 class Averaging:

@@ -2,13 +2,14 @@
 
 import ast
 import traceback
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 import torch
 from handwritten import Loop
 
-from gankit import GAN, Latent, hookimpl, loop, train
+from gankit import GAN, Latent, View, hookimpl, loop, train
 from gankit.gan import derive_seed
 from gankit.testing import run, tiny_gan
 
@@ -91,6 +92,25 @@ def test_the_same_seed_gives_the_same_networks_whatever_the_global_generator_doe
     for name, weights in first.weights().items():
         assert all(torch.equal(weights[key], again.weights()[name][key]) for key in weights)
         assert any(not torch.equal(weights[key], other.weights()[name][key]) for key in weights)
+
+
+def test_looking_at_a_view_moves_no_stream() -> None:
+    class Noise:
+        @hookimpl(wrapper=True)
+        def view(self, gan: GAN) -> Generator[None, View, View]:
+            view = yield
+            return View((view.real[0] + torch.rand((), generator=gan.rng(self)),), view.fake)
+
+    gan, again = tiny_gan(plugins={"noise": Noise()}), tiny_gan(plugins={"noise": Noise()})
+    assert not gan.rngs
+    train(gan, 1)
+    states = {name: rng.get_state() for name, rng in gan.rngs.items()}
+    gan.first_view()
+    assert states.keys() == gan.rngs.keys()
+    assert all(torch.equal(states[name], rng.get_state()) for name, rng in gan.rngs.items())
+    again.first_view()
+    train(again, 1)
+    assert all(torch.equal(a, b) for a, b in zip(gan.parameters("d"), again.parameters("d"), strict=True))
 
 
 def test_building_leaves_the_global_generator_alone() -> None:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from gankit import GAN, Latent, hookimpl, train
 from gankit.data import load
+from gankit.errors import Diverged
 from gankit.rundir import RunDir
 from gankit.sampler import Sampler
 from gankit.testing import tiny_gan
-from gankit.training import Averaging, Diverged, LinearDecay, Metrics, Stats, goodness, picture
+from gankit.training import Averaging, LinearDecay, Metrics, Stats, goodness, picture
 
 
 class Snapshots:

@@ -127,10 +127,7 @@ class FeatureMatching:
         modules = dict(gan.discriminator.named_modules())
         listed = ", ".join(name for name in modules if name)
         if self.layer is None:
-            states = {name: rng.get_state() for name, rng in gan.rngs.items()}
             found = last_layer(gan.discriminator, gan.first_view().real)
-            for name, state in states.items():  # a look at a view must not shift what other plugins draw
-                gan.rngs[name].set_state(state)
             if found is None:
                 raise UsageError(
                     "feature_matching finds no linear or convolutional layer in the discriminator: name the layer with "

@@ -32,7 +32,9 @@ FLAGS = {
     "bigan": "--plugin bigan",
     "pairwise_gp": "--plugin pairwise_gp",
     "gradient_penalty": f"--plugin gradient_penalty -o gradient_penalty.weight=1 {PLANE}",
-    "weight_clipping": f"--plugin weight_clipping --loss wasserstein --d-steps 5 -o weight_clipping.limit=0.1 {PLANE}",
+    "weight_clipping": f"--plugin weight_clipping --loss wasserstein --d-steps 5 -o weight_clipping.c=0.1 {PLANE}",
+    "unrolled": f"--plugin unrolled -o unrolled.k=1 {PLANE}",
+    "veegan": "--plugin veegan",
     "r1": f"--plugin r1 -o r1.weight=1 {PLANE}",
     "r2": f"--plugin r2 -o r2.weight=1 {PLANE}",
     "r1+r2": f"--plugin r1 --plugin r2 --loss relativistic -o r1.weight=0.1 -o r2.weight=0.1 {PLANE}",
@@ -91,6 +93,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     in_tree = sorted(path.parent.name for path in (ROOT / "plugins").glob("*/pyproject.toml"))
+    in_tree.remove("diffaugment")  # for images alone
     names = options.only.split(",") if options.only else ["none", *in_tree, "r1+r2"]
     rows: list[dict[str, object]] = json.loads(STORE.read_text()) if STORE.exists() else []
     have = {(row["plugin"], row["data"], row["seed"]) for row in rows if "failed" not in row}
