@@ -264,6 +264,20 @@ def sample(
 @main.command()
 @click.argument("run", required=False)
 @click.option("--out", default="runs", help="folder that collects runs  [runs]")
+@click.option("--to", metavar="FOLDER", help="where to  [RUN/export]")
+@checkpoint_flag
+def export(run: str | None, out: str, to: str | None, checkpoint: str | None) -> None:
+    """Write a run's networks as plain safetensors, one file each; spectral norm and the like are folded in."""
+    from gankit import run as running
+    from gankit.rundir import RunDir
+
+    for path in running.export(RunDir.find(run, out), to, checkpoint):
+        click.echo(path)
+
+
+@main.command()
+@click.argument("run", required=False)
+@click.option("--out", default="runs", help="folder that collects runs  [runs]")
 @click.option("-n", "n", type=click.IntRange(2), help="generated samples  [as in the run]")
 @checkpoint_flag
 @device_flag

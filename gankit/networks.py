@@ -7,6 +7,7 @@ A module is initialised from PyTorch's global random numbers while it is constru
 build it inside `torch.random.fork_rng()` with a seed. Module names are a file format: weights are saved under them.
 """
 
+import copy
 import difflib
 import math
 from collections import OrderedDict
@@ -15,6 +16,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from gankit.errors import UsageError
 
@@ -118,6 +120,27 @@ def encoder(
         return _init_resnet(Encoder(ResidualTrunk(shape, width or RESNET_WIDTH), z_dim, tanh))
     features = math.prod(shape)
     return MLP(features, (z_dim,), width or MLP_WIDTH, depth or MLP_DEPTH, tanh=tanh)
+
+
+def folded(module: M) -> M:
+    """Return a copy with ordinary weights: each parametrized one (spectral norm, ...) replaced by its value.
+
+    It gives what the module gives in evaluation mode, bit for bit, under the ordinary names, and so loads without gankit
+    and its plugins. The module itself is not touched. Norms made by torch's older hooks stay.
+    """
+    flat = copy.deepcopy(module)
+    modes = [(m, m.training) for m in flat.modules()]
+    flat.eval()  # else removing a spectral norm makes one more power iteration
+    for layer in [m for m, _ in modes if parametrize.is_parametrized(m)]:
+        # a deep copy shares its layers' classes with the original, and removing would take the weight from both
+        shared = type(layer)
+        own = {key: value for key, value in vars(shared).items() if key not in ("__dict__", "__weakref__")}
+        layer.__class__ = type(shared.__name__, shared.__bases__, own)
+        for name in list(layer.parametrizations):  # type: ignore[arg-type]
+            parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
+    for m, training in modes:
+        m.training = training
+    return flat
 
 
 class MLP(nn.Module):

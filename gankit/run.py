@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -371,6 +372,24 @@ def evaluate(
     metrics = Metrics(data, samples or config.eval_samples)
     gan.manager.register(metrics, "metrics")
     return gan.step, measure(gan), metrics.truth()
+
+
+def export(run: RunDir, to: str | None = None, checkpoint: str | None = None) -> list[Path]:
+    """Write each network of a recorded run as ``<to>/<network>.safetensors``, with ordinary weights, and list the files.
+
+    What plugins keep beside a weight (the vectors of spectral norm) is folded in: the files load into the bare networks.
+    """
+    gan, _ = load(run, checkpoint, "cpu")
+    folder = Path(to) if to else run.path / "export"
+    folder.mkdir(parents=True, exist_ok=True)
+    networks_by_name = {name: player.module for name, player in gan.players.items()}
+    networks_by_name |= {f"{name}_ema": module for name, module in gan.averages.items()}
+    written = []
+    for name, module in networks_by_name.items():
+        tensors = {key: tensor.clone().contiguous() for key, tensor in networks.folded(module).state_dict().items()}
+        written.append(folder / f"{name}.safetensors")
+        write_atomic(written[-1], safetensors.torch.save(tensors))
+    return written
 
 
 def sample(

@@ -16,7 +16,7 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from gankit import plugins
+from gankit import networks, plugins
 from gankit.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -234,6 +234,20 @@ def test_sample_and_evaluate() -> None:
     assert found["metrics"] == pytest.approx(recorded, rel=1e-6)
     assert found["truth"]["modes"] == 8
     gankit("sample", "r", "--to", "x.jpg", code=2)
+
+
+def test_exported_weights_are_ordinary_ones_with_spectral_norm_folded_in() -> None:
+    gankit("run", "--plugin", "spectral_norm", *FAST, "--name", "r")
+    assert "runs/r/export/generator_ema.safetensors" in gankit("export", "r", "--checkpoint", "latest").output
+    exported = safetensors.torch.load_file("runs/r/export/discriminator.safetensors")
+    bare = networks.discriminator([(2,)], width=8)
+    bare.load_state_dict(exported)  # the names are those of the bare network
+    weight = exported["layers.hidden1.weight"].double().numpy()
+    stored = safetensors.torch.load_file("runs/r/checkpoints/latest/discriminator.safetensors")
+    original = stored["layers.hidden1.parametrizations.weight.original"].double().numpy()
+    assert np.linalg.svd(original)[1][0] != pytest.approx(1, abs=0.05)
+    assert np.linalg.svd(weight)[1][0] == pytest.approx(1, abs=0.05)
+    np.testing.assert_allclose(weight / weight[0, 0], original / original[0, 0], rtol=1e-4)
 
 
 def test_dry_run_writes_nothing_and_explain_shows_the_order() -> None:

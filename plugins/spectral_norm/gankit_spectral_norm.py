@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations
 
 from gankit import UsageError, hookimpl
 from gankit.checks import spectral_norms
+from gankit.networks import folded
 
 if TYPE_CHECKING:
     from gankit import GAN
 
 M = TypeVar("M", bound=nn.Module)
+
+__all__ = ["SpectralNorm", "folded", "layers", "normalize"]
 
 LAYERS = (
     nn.Linear,
@@ -69,27 +71,6 @@ def normalize(
         for layer in found:
             parametrizations.spectral_norm(layer, n_power_iterations=power_iterations, eps=eps)
     return module
-
-
-def folded(module: M) -> M:
-    """A copy with ordinary weights: each spectrally normalised weight replaced by its value W / sigma(W).
-
-    Gives what the module gives in evaluation mode, bit for bit, and loads where gankit and this plugin are not
-    installed. The module itself is not touched and makes no power iteration. Norms made by the older
-    ``torch.nn.utils.spectral_norm`` stay.
-    """
-    flat = copy.deepcopy(module)
-    modes = [(m, m.training) for m in flat.modules()]
-    flat.eval()  # else removing makes one more power iteration
-    for layer in [m for m, _ in modes if _norm(m)]:
-        # a deep copy shares its layers' classes with the original, and removing would take the weight from both
-        shared = type(layer)
-        own = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
-        layer.__class__ = type(shared.__name__, shared.__bases__, own)
-        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-    for m, training in modes:
-        m.training = training
-    return flat
 
 
 def _norm(layer: nn.Module) -> bool:
