@@ -337,6 +337,9 @@ def recorded_config(run: RunDir) -> Config:
 def resume(run: RunDir, reporter: Reporter, steps: int | None = None) -> Result:
     """``gankit resume``: continue from the latest checkpoint, bit for bit; ``steps`` sets a new end."""
     config = recorded_config(run)
+    ended = run.path / "summary.json"
+    if steps is None and ended.exists() and run.read_json("summary.json")["status"] == "finished":
+        raise UsageError(f"{run.path} has finished its {config.steps} steps: give --steps to go on")
     extended = replace(config, steps=steps or config.steps)
     session = Session(extended, read_data(config, reporter), run, reporter)
     session.restore(run.checkpoint("latest"), changeable=("config.steps",) if steps else ())
