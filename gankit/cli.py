@@ -213,7 +213,7 @@ def run(dry_run: bool, as_json: bool, **given: Any) -> None:
     terminal = Terminal(console)
     if dry_run:
         session = running.dry_run(config, terminal)
-        console.print(networks_line(session.gan), highlight=False, soft_wrap=True)
+        console.print(networks_line(session.gan), highlight=False, markup=False, soft_wrap=True)
         if as_json:
             click.echo(to_json(dataclasses.asdict(session.config)), nl=False)
         else:
@@ -291,7 +291,7 @@ def evaluate(run: str | None, out: str, n: int | None, checkpoint: str | None, d
     console = _console(as_json)
     found = RunDir.find(run, out)
     step, metrics, truth = running.evaluate(found, Terminal(console), checkpoint, device, n)
-    console.print(f"{found.path}, step {step}", highlight=False, soft_wrap=True)
+    console.print(f"{found.path}, step {step}", highlight=False, markup=False, soft_wrap=True)
     console.print(metrics_table(metrics, truth))
     if as_json:
         click.echo(to_json({"run": str(found.path), "step": step, "metrics": metrics, "truth": truth}), nl=False)

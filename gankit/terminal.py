@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -73,7 +74,7 @@ class Terminal:
         low, high = summary.value_range
         shape = "x".join(map(str, summary.shape))
         self.console.print(
-            f"[bold]{summary.name}[/]: {summary.count:,} samples of {shape}, values {low:.4g} to {high:.4g}, "
+            f"[bold]{escape(summary.name)}[/]: {summary.count:,} samples of {shape}, values {low:.4g} to {high:.4g}, "
             f"{summary.held_out:,} held out",
             highlight=False,
         )
@@ -81,16 +82,16 @@ class Terminal:
             classes = list(summary.class_histogram.items())
             text = ", ".join(f"{name} {count:,}" for name, count in classes[:12])
             more = f", and {len(classes) - 12} more" if len(classes) > 12 else ""
-            self.console.print(f"  classes: {text}{more}", highlight=False, soft_wrap=True)
+            self.console.print(f"  classes: {escape(text)}{more}", highlight=False, soft_wrap=True)
         for warning in summary.warnings:
-            self.console.print(f"  [yellow]warning:[/] {warning}", highlight=False, soft_wrap=True)
+            self.console.print(f"  [yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
 
     def start(self, gan: GAN, run: RunDir, steps: int) -> None:
         """Say what trains where, and show the bar."""
         self.stats = gan.manager.get_plugin("stats")
         self.steps, self.first = steps, gan.step
-        self.console.print(networks_line(gan), highlight=False, soft_wrap=True)
-        self.console.print(f"run: [bold]{run.path}[/]", highlight=False, soft_wrap=True)
+        self.console.print(escape(networks_line(gan)), highlight=False, soft_wrap=True)
+        self.console.print(f"run: [bold]{escape(str(run.path))}[/]", highlight=False, soft_wrap=True)
         self.started = self.drawn = time.perf_counter()
         if self.console.is_terminal:
             columns = (BarColumn(None), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
@@ -182,17 +183,14 @@ def show_result(console: Console, result: Result, plugins: Iterable[str]) -> Non
     if terms:
         console.print(terms)
         console.print()
-    pictures = sorted(result.run.samples.glob("fakes-*.png"))
     console.print(f"{result.status} after step {result.step} of {result.steps} ({result.seconds:.1f} s)")
-    for name, path in [
-        ("picture", pictures[-1] if pictures else None),
-        ("curves", result.run.path / "curves.png"),
-    ]:
-        if path and path.exists():
-            console.print(f"{name}: {path}", highlight=False, soft_wrap=True)
-    verb = "continue" if result.status == "interrupted" else "sample"
-    command = "resume" if result.status == "interrupted" else "sample"
-    console.print(f"{verb}: gankit {command} {result.run.path}", highlight=False, soft_wrap=True)
+    lines = [f"picture: {path}" for path in sorted(result.run.samples.glob("fakes-*.png"))[-1:]]
+    curves = result.run.path / "curves.png"
+    lines.append(f"curves: {curves}" if curves.exists() else 'curves: pip install "gankit[plot]" to have them drawn')
+    name, command = ("continue", "resume") if result.status == "interrupted" else ("sample", "sample")
+    lines.append(f"{name}: gankit {command} {result.run.path}")
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def show_order(console: Console, session: Session) -> None:
