@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Critic = Callable[..., Tensor]
 
@@ -43,6 +43,17 @@ def interpolate(
         return point.detach().requires_grad_() if detach or not point.requires_grad else point
 
     return tuple(mix(r, f) for r, f in zip(real, fake, strict=True))
+
+
+def extra_pass(module: nn.Module, *inputs: Tensor) -> Tensor:
+    """module(\\*inputs) in its present mode, with a graph, but without moving its buffers.
+
+    For a forward pass that a method adds: batch norm keeps counting the batches that the model is trained on, and spectral
+    norm's vectors stay where they were.
+    """
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    output: Tensor = torch.func.functional_call(module, buffers, inputs) if buffers else module(*inputs)
+    return output
 
 
 def input_gradients(logits: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

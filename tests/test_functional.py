@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gankit.functional import (
+    extra_pass,
     input_gradients,
     interpolate,
     mixing_weights,
@@ -331,3 +332,16 @@ def test_a_slope_that_is_not_there_is_refused() -> None:
     ]:
         with pytest.raises(ValueError, match="there is no slope to take"):
             squared_gradient_norm(logits, inputs)
+
+
+def test_an_extra_pass_gives_the_same_and_moves_no_buffer() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    x = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    output = extra_pass(module, x)
+    assert all(torch.equal(before[name], buffer) for name, buffer in module.named_buffers())
+    assert output.requires_grad
+    assert torch.equal(output, module(x))  # in training mode, by the batch's own statistics
+    assert any(not torch.equal(before[name], buffer) for name, buffer in module.named_buffers())
+    linear = module[0]
+    assert torch.equal(extra_pass(linear, x), linear(x))

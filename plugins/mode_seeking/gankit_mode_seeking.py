@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from gankit import Batch, hookimpl
+from gankit.functional import extra_pass
 
 if TYPE_CHECKING:
     from gankit import GAN
@@ -70,7 +70,5 @@ class ModeSeeking:
         if self.weight == 0:
             return None
         z = gan.latent.draw(len(batch.z), gan.rng(self))
-        # copies: G's batch norm keeps counting one batch per update, as without the plugin
-        buffers = {name: buffer.clone() for name, buffer in gan.generator.named_buffers()}
-        fake = torch.func.functional_call(gan.generator, buffers, (z,))
+        fake = extra_pass(gan.generator, z)
         return {"mode_seeking": self.weight * mode_seeking(batch.fake, fake, batch.z, z, form=self.form, eps=self.eps)}

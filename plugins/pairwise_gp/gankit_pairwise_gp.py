@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gankit import Batch, hookimpl
 from gankit.checks import need_per_sample_critic
-from gankit.functional import input_gradients, interpolate, norm_per_sample
+from gankit.functional import extra_pass, input_gradients, interpolate, norm_per_sample
 from gankit.joint import Joint
 
 if TYPE_CHECKING:
@@ -94,10 +94,8 @@ class PairwiseGP(Joint):
         if step % self.every:
             return None
         code = batch.extra["code"].detach()
-        # copies: this pass must not mix reconstructions into the running statistics that G's own samples rely on
-        buffers = {name: buffer.clone() for name, buffer in gan.generator.named_buffers()}
         with torch.no_grad():
-            reconstructed = torch.func.functional_call(gan.generator, buffers, (code,))
+            reconstructed = extra_pass(gan.generator, code)
             pair = batch._replace(fake=reconstructed, z=code, extra={**batch.extra, "code": code})
             real, reconstruction = gan.hook.view(gan=gan, batch=pair, phase="d", step=step)
         penalty = pairwise_gradient_penalty(
