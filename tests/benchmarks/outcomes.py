@@ -22,7 +22,7 @@ from threading import Lock
 
 ROOT = Path(__file__).parents[2]
 STORE = Path(__file__).with_suffix(".json")
-MARK = re.compile(r"<!-- measured row -->.*?(<!-- end -->|(?=\n)|$)", re.DOTALL)
+MARK = re.compile(r"<!-- measured row -->(?:\n.*?<!-- end -->)?", re.DOTALL)
 
 # Flags by plugin; everything else is the recipe for 2-D data. Plain GANs get the usual 2-D normal latent, encoders the
 # one-dimensional one of the pair-wise paper.
@@ -67,7 +67,9 @@ def table(name: str, rows: list[dict[str, object]]) -> str:
     """The README's measured table of one plugin, beside no plugin at all."""
     lines = ["| data | | modes (mean, least) | high quality | reverse KL | seeds |", "|---|---|---|---|---|---|"]
     for data, of in (("ring", 8), ("grid", 25)):
-        for who in ("none", name) if name != "none" else ("none",):
+        if not any(row["plugin"] == name and row["data"] == data for row in rows):
+            continue
+        for who in ("none", name) if PLANE in FLAGS.get(name, PLANE) else (name,):  # on the same latent
             found = [row for row in rows if row["plugin"] == who and row["data"] == data and "failed" not in row]
             if not found:
                 continue
@@ -80,7 +82,7 @@ def table(name: str, rows: list[dict[str, object]]) -> str:
                 f"| {kl:.3f} | 0-{len(found) - 1} |"
             )
     flags = " ".join(command(name, "ring", 0, "runs")).replace(" --json --out runs", "")
-    return "\n".join([*lines, "", f"Measured with `gankit {flags}` and so on; `grid` and other seeds alike."])
+    return "\n".join([*lines, "", f"Measured with `gankit {flags}` and so on; other seeds and data alike."])
 
 
 def main() -> None:
@@ -112,6 +114,8 @@ def main() -> None:
         list(pool.map(work, [cell for cell in cells if cell not in have]))
     if options.write:
         for name in in_tree:
+            if not any(row["plugin"] == name for row in rows):
+                continue
             readme = ROOT / "plugins" / name / "README.md"
             made = f"<!-- measured row -->\n{table(name, rows)}\n<!-- end -->"
             readme.write_text(MARK.sub(lambda match, made=made: made, readme.read_text(), count=1))
