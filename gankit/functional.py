@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-
-Critic = Callable[..., Tensor]
 
 
 def mixing_weights(like: Tensor, generator: torch.Generator | None = None) -> Tensor:

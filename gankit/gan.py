@@ -250,18 +250,19 @@ class GAN:
 
     # -- state ---------------------------------------------------------------------------------------------------
 
-    def weights(self) -> dict[str, dict[str, Tensor]]:
-        """State dicts of all players and averages, by name; an average is called ``<player>_ema``."""
+    def networks(self) -> dict[str, nn.Module]:
+        """All players and averages by name; an average is called ``<player>_ema``."""
         named = {name: player.module for name, player in self.players.items()}
-        named |= {f"{name}_ema": module for name, module in self.averages.items()}
-        return {name: module.state_dict() for name, module in named.items()}
+        return named | {f"{name}_ema": module for name, module in self.averages.items()}
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """The state dicts of all networks, by name."""
+        return {name: module.state_dict() for name, module in self.networks().items()}
 
     def load_weights(self, weights: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Undo :meth:`weights`; every network must be there."""
-        for name, player in self.players.items():
-            player.module.load_state_dict(weights[name])
-        for name, module in self.averages.items():
-            module.load_state_dict(weights[f"{name}_ema"])
+        for name, module in self.networks().items():
+            module.load_state_dict(weights[name])
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that moves besides :meth:`weights`: step, optimisers, random streams, plugins."""

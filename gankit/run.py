@@ -182,13 +182,13 @@ class Session:
             "gankit": __version__,
         }
 
-    def record(self) -> None:
+    def record(self, summary: datasets.Summary) -> None:
         """Write what is known before the first step."""
         run, data = self.run, self.data
         write_atomic(run.path / "config.toml", configuration.to_toml(self.config))
         run.write_json("plugins.json", self.plugins)
         run.write_json("env.json", environment(self.gan.device))
-        run.write_json("data.json", {**asdict(datasets.summary(data)), "shape": data.shape})
+        run.write_json("data.json", asdict(summary))
         if data.is_image:
             pictures.save_png(pictures.image_grid(data.held_out(64).cpu(), 8), run.samples / "reals.png")
         run.append("metrics.jsonl", {"step": None, **self.metrics.truth()})
@@ -305,12 +305,13 @@ def start(config: Config, reporter: Reporter) -> Result:
     """``gankit run``: data, networks, folder, training."""
     data = read_data(config, reporter)
     config = configuration.resolve(config, data.shape)
-    reporter.data(datasets.summary(data))
+    summary = datasets.summary(data)
+    reporter.data(summary)
     label = "-".join(Path(name.rpartition(":")[2]).stem for name in (config.data, *config.plugin))
     run = RunDir.create(Path(config.out), config.name, label)
     try:
         session = Session(config, data, run, reporter)
-        session.record()
+        session.record(summary)
         torch.manual_seed(derive_seed(config.seed, "global"))  # for a user's own layers, such as dropout
     except BaseException:
         run.remove()
@@ -385,10 +386,8 @@ def export(run: RunDir, to: str | None = None, checkpoint: str | None = None) ->
     gan, _ = load(run, checkpoint, "cpu")
     folder = Path(to) if to else run.path / "export"
     folder.mkdir(parents=True, exist_ok=True)
-    networks_by_name = {name: player.module for name, player in gan.players.items()}
-    networks_by_name |= {f"{name}_ema": module for name, module in gan.averages.items()}
     written = []
-    for name, module in networks_by_name.items():
+    for name, module in gan.networks().items():
         tensors = {key: tensor.clone().contiguous() for key, tensor in networks.folded(module).state_dict().items()}
         written.append(folder / f"{name}.safetensors")
         write_atomic(written[-1], safetensors.torch.save(tensors))

@@ -38,14 +38,9 @@ class Averaging:
         """Start from a copy of the generator as plugins have set it up."""
         if self.decay:
             gan.averages["generator"] = copy.deepcopy(gan.generator).requires_grad_(False)
-            self._pairs(gan)
-
-    def _pairs(self, gan: GAN) -> None:
-        average, network = gan.averages["generator"], gan.generator
-        pairs = list(zip(_tensors(average), _tensors(network), strict=True))
-        self.averaged = [(a, b) for a, b in pairs if a.is_floating_point()]
-        self.copied = [(a, b) for a, b in pairs if not a.is_floating_point()]
-        self.of = network
+            pairs = list(zip(_tensors(gan.averages["generator"]), _tensors(gan.generator), strict=True))
+            self.averaged = [(a, b) for a, b in pairs if a.is_floating_point()]
+            self.copied = [(a, b) for a, b in pairs if not a.is_floating_point()]
 
     @hookimpl
     @torch.no_grad()
