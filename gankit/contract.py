@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 PHASES = ("d", "g")
 
@@ -34,9 +34,12 @@ class View(NamedTuple):
 
 @dataclass
 class Player:
-    """A network that is trained: in phase "d" with the discriminator or in phase "g" with the generator."""
+    """A network that is trained: in phase "d" with the discriminator or in phase "g" with the generator.
 
-    module: nn.Module
+    ``module`` may be a factory, as for ``GAN``, until the GAN is built; then it is the module.
+    """
+
+    module: Any
     phase: str
 
     def __post_init__(self) -> None:

@@ -6,8 +6,9 @@ import hashlib
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -15,7 +16,7 @@ import pluggy
 import torch
 from torch import Tensor, nn
 
-from gankit import losses
+from gankit import losses, networks
 from gankit.contract import PHASES, Player, View
 from gankit.defaults import CoreHooks
 from gankit.errors import UsageError
@@ -85,7 +86,7 @@ class GAN:
         ``z_dim``, ``latent``.
     discriminator: a module from the view's tensors to logits, or a factory of one that asks by name for any of
         ``shapes`` (of the tensors it is shown, without the batch dimension), ``shape``, ``z_dim``. A factory is called
-        when the view is known, so that packing and joint views fit.
+        when the view is known, so that packing and joint views fit. None, for either: a plugin's, or the shipped one.
     shape: of one sample, (D,) or (C, H, W).
     plugins: objects with hook implementations, by name, in the order in which they are to act.
     architecture: ``network``, ``width`` and ``depth`` of the shipped networks, for plugins that bring one more.
@@ -137,6 +138,11 @@ class GAN:
             raise LookupError(f"{plugin!r} is not one of this GAN's plugins")
         return self.stream(f"plugin:{name}")
 
+    def initialising(self, plugin: object) -> AbstractContextManager[None]:
+        """A block in which torch's global random generator, from which modules initialise themselves, is seeded for
+        this plugin alone: for new layers in ``setup``."""
+        return seeded(self.seed, "initialising", str(self.manager.get_name(plugin)))
+
     def next_z(self, n: int | None = None) -> Tensor:
         """The next (n, z_dim) draw of the training latents; n defaults to the batch size."""
         return self.latent.draw(n or self.batch_size, self.stream("latent"))
@@ -155,20 +161,36 @@ class GAN:
     def build(self) -> GAN:
         """Build networks, collect players, fit the discriminator to the view, run ``setup``, make the optimisers."""
         known = {"shape": self.shape, "z_dim": self.latent.dim, "latent": self.latent.kind}
-        self._add("generator", self._make("generator", self.generator, **known), "g")
-        registered = self.manager.get_plugins()
-        for plugin in (*self.plugins.values(), *self.core.values()):
-            # one by one, so that no network's start depends on another plugin
-            with seeded(self.seed, "players"):
-                found = self.manager.subset_hook_caller("players", registered - {plugin})(gan=self)
-            for name, player in chain.from_iterable(map(dict.items, found)):
-                self._add(name, player.module, player.phase)
+        found = self._collect_players()
+        generator, discriminator = (found.pop(name) for name in ("generator", "discriminator"))
+        for name, player in {"generator": generator, **found}.items():
+            self._add(name, self._make(name, player.module, **known), player.phase)
         shapes = tuple(t.shape[1:] for t in self.first_view().real)
-        self._add("discriminator", self._make("discriminator", self.discriminator, shapes=shapes, **known), "d")
+        self._add("discriminator", self._make("discriminator", discriminator.module, shapes=shapes, **known), "d")
         self._try_discriminator()
         self.hook.setup(gan=self)
         self.make_optimizers()
         return self
+
+    def _collect_players(self) -> dict[str, Player]:
+        """Everybody who plays, by name, as module or factory: what plugins bring, and the GAN's own G and D."""
+        found: dict[str, Player] = {}
+        registered = self.manager.get_plugins()
+        for plugin in (*self.plugins.values(), *self.core.values()):
+            # one by one, so that no network's start depends on another plugin
+            with seeded(self.seed, "players"):
+                brought = self.manager.subset_hook_caller("players", registered - {plugin})(gan=self)
+            for name, player in chain.from_iterable(map(dict.items, brought)):
+                if name in found:
+                    raise UsageError(f"two plugins bring a player called {name!r}: rename one, or switch one off")
+                found[name] = player
+        for name, phase in (("generator", "g"), ("discriminator", "d")):
+            own = getattr(self, name)
+            if name in found and own is not None:
+                raise UsageError(f"a plugin brings the {name}, and so do you: leave out one of the two")
+            shipped = partial(getattr(networks, name), **self.architecture)
+            found.setdefault(name, Player(shipped if own is None else own, phase))
+        return found
 
     def _try_discriminator(self) -> None:
         """Score one view: lazy layers take shape, and a network that cannot do it is refused in one sentence."""
@@ -194,8 +216,6 @@ class GAN:
         return module
 
     def _add(self, name: str, module: nn.Module, phase: str) -> None:
-        if name in self.players:
-            raise UsageError(f"a plugin brings a player called {name!r}, which there is already: rename it")
         module = module.to(self.device)
         self.players[name] = Player(module, phase)
         setattr(self, name, module)

@@ -27,11 +27,13 @@ hookimpl = pluggy.HookimplMarker("gankit")
 
 @hookspec
 def players(gan: GAN) -> dict[str, Player]:
-    """Further networks to train, by name; collected, and a name may be used once.
+    """Networks to train, by name; collected, and a name may be used once.
 
-    Called once, before anything else. ``gan.shape`` (of one sample), ``gan.latent`` and the generator are there, the
-    discriminator may not be built yet. Build networks here only: the core moves them to the device, trains each one in
-    the phase its ``Player`` names, averages nothing, and saves and restores them. Initialise them from the global
+    Called once, before anything else: ``gan.shape`` (of one sample), ``gan.latent``, ``gan.architecture`` and ``gan.optim``
+    are there, no network is. A player called "generator" or "discriminator" takes the place of the shipped one. A
+    ``Player`` holds a module, or a factory that asks by name for any of ``shape``, ``z_dim``, ``latent``, and for the
+    discriminator ``shapes``, of what it will be shown. The core moves networks to the device, trains each one in the
+    phase its ``Player`` names, averages the generator alone, and saves and restores them. Initialise them from the global
     random generator; the core has seeded it for this call alone.
     """
     raise NotImplementedError

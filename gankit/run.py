@@ -20,7 +20,6 @@ from typing import Any, Protocol
 import numpy as np
 import safetensors.torch
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gankit import __version__, losses, networks, pictures
@@ -110,16 +109,10 @@ def assemble(config: Config, shape: tuple[int, ...], core: Mapping[str, object])
     plugins, sources = create(config.plugin, {k: v for k, v in config.options.items() if k != "loss"})
     architecture: dict[str, Any] = {"network": config.network, "width": config.width, "depth": config.depth}
 
-    def generator(shape: tuple[int, ...], z_dim: int) -> nn.Module:
-        return networks.generator(shape, z_dim, **architecture)
-
-    def discriminator(shapes: tuple[tuple[int, ...], ...]) -> nn.Module:
-        return networks.discriminator(shapes, **architecture)
-
     betas = (config.beta1, config.beta2)
     gan = GAN(
-        generator=load_object(config.generator)[0] if config.generator else generator,
-        discriminator=load_object(config.discriminator)[0] if config.discriminator else discriminator,
+        generator=load_object(config.generator)[0] if config.generator else None,
+        discriminator=load_object(config.discriminator)[0] if config.discriminator else None,
         shape=shape,
         latent=Latent(config.z_dim, config.z),
         loss=losses.make(config.loss, **config.options.get("loss", {})),

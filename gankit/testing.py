@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gankit import losses, networks
+from gankit import losses
 from gankit.gan import GAN, Latent, derive_seed
 from gankit.hookspecs import hookimpl
 from gankit.loop import train
@@ -35,14 +35,8 @@ def tiny_gan(
     """
     shape = SHAPES[kind]
 
-    def generator(shape: tuple[int, ...], z_dim: int) -> torch.nn.Module:
-        return networks.generator(shape, z_dim, width=8)
-
-    def discriminator(shapes: tuple[tuple[int, ...], ...]) -> torch.nn.Module:
-        return networks.discriminator(shapes, width=8)
-
     gan = GAN(
-        **{"generator": generator, "discriminator": discriminator, "architecture": {"width": 8}, **settings},
+        **{"generator": None, "discriminator": None, "architecture": {"width": 8}, **settings},
         shape=shape,
         latent=Latent(z_dim),
         loss=losses.make(loss),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import gankit
-from gankit import GAN, Batch, Player, UsageError, View, hookimpl, hookspecs
+from gankit import GAN, Batch, Player, UsageError, View, hookimpl, hookspecs, networks
 from gankit.loop import d_terms, total, update
 from gankit.plugins import ContractError
 from gankit.testing import run, tiny_gan
@@ -40,7 +40,7 @@ class Extra:
     def players(self, gan: GAN) -> dict[str, Player]:
         assert gan.shape == (3,)
         assert gan.latent.dim == 4
-        assert isinstance(gan.generator, nn.Module)
+        assert not gan.players  # networks come afterwards, for any of them may be a plugin's
         return {"extra": Player(nn.Linear(3, 1), self.phase)}
 
     @hookimpl
@@ -66,6 +66,38 @@ def test_players(phase: str) -> None:
 def test_players_of_one_name_are_refused() -> None:
     with pytest.raises(UsageError, match="'extra'"):
         tiny_gan(plugins={"one": Extra("g"), "two": Extra("g")})
+
+
+class Bringer:
+    """Networks in place of the shipped ones; the discriminator as a factory, for it depends on the view."""
+
+    @hookimpl
+    def players(self, gan: GAN) -> dict[str, Player]:
+        def discriminator(shapes: tuple[tuple[int, ...], ...]) -> nn.Module:
+            return networks.discriminator(shapes, width=5)
+
+        return {"discriminator": Player(discriminator, "d"), "generator": Player(nn.Linear(4, 3), "g")}
+
+
+def test_players_may_bring_generator_and_discriminator() -> None:
+    class Doubled:
+        @hookimpl(wrapper=True)
+        def view(self) -> Generator[None, View, View]:
+            view = yield
+            return View(*((torch.cat(side * 2, 1),) for side in view))
+
+    gan, _ = run({"bringer": Bringer(), "doubled": Doubled()})
+    assert list(gan.players) == ["generator", "discriminator"]
+    assert type(gan.generator) is nn.Linear
+    assert gan.generator is gan.players["generator"].module
+    assert gan.parameters("g") == [gan.generator.weight, gan.generator.bias]
+    assert next(gan.discriminator.parameters()).shape == (10, 6)
+
+
+@pytest.mark.parametrize("name", ["generator", "discriminator"])
+def test_a_network_of_ones_own_and_one_of_a_plugin_are_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=f"brings the {name}, and so do you"):
+        tiny_gan(plugins={"bringer": Bringer()}, **{name: nn.Linear(4, 3)})
 
 
 def test_setup() -> None:

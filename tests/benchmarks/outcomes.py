@@ -34,7 +34,8 @@ FLAGS = {
     "gradient_penalty": f"--plugin gradient_penalty -o gradient_penalty.weight=1 {PLANE}",
     "weight_clipping": f"--plugin weight_clipping --loss wasserstein --d-steps 5 -o weight_clipping.c=0.1 {PLANE}",
     "unrolled": f"--plugin unrolled -o unrolled.k=1 {PLANE}",
-    "veegan": "--plugin veegan",
+    "veegan": f"--plugin veegan {PLANE}",
+    "dragan": f"--plugin dragan -o dragan.weight=1 -o dragan.scale=0.05 {PLANE}",  # the paper's noise spans the modes
     "r1": f"--plugin r1 -o r1.weight=1 {PLANE}",
     "r2": f"--plugin r2 -o r2.weight=1 {PLANE}",
     "r1+r2": f"--plugin r1 --plugin r2 --loss relativistic -o r1.weight=0.1 -o r2.weight=0.1 {PLANE}",
@@ -98,6 +99,7 @@ def main() -> None:
     in_tree.remove("diffaugment")  # for images alone
     names = options.only.split(",") if options.only else ["none", *in_tree, "r1+r2"]
     rows: list[dict[str, object]] = json.loads(STORE.read_text()) if STORE.exists() else []
+    rows = [row for row in rows if row["flags"] == FLAGS.get(str(row["plugin"]))]  # others were measured otherwise
     have = {(row["plugin"], row["data"], row["seed"]) for row in rows if "failed" not in row}
     cells = [(n, d, s) for d in options.data.split(",") for n in names for s in range(options.seeds)]
     lock = Lock()
