@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from gankit.attached import attach
     from gankit.contract import Batch, Player, View
     from gankit.errors import UsageError
     from gankit.gan import GAN, Latent, Optim
@@ -25,11 +26,12 @@ _HOMES = {
     "Player": "contract",
     "UsageError": "errors",
     "View": "contract",
+    "attach": "attached",
     "hookimpl": "hookspecs",
     "train": "loop",
 }
 
-__all__ = ["GAN", "Batch", "Latent", "Optim", "Player", "UsageError", "View", "hookimpl", "train"]
+__all__ = ["GAN", "Batch", "Latent", "Optim", "Player", "UsageError", "View", "attach", "hookimpl", "train"]
 
 
 def __getattr__(name: str) -> Any:

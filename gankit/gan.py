@@ -25,18 +25,22 @@ from gankit.plugins import manager
 
 @dataclass(frozen=True)
 class Latent:
-    """The prior of z: ``dim`` independent coordinates, standard normal or uniform on (-1, 1)."""
+    """The prior of z: ``dim`` independent coordinates, standard normal or uniform on (-1, 1).
+
+    shape: of one z; by default (dim,). DCGAN's own code, for one, has (dim, 1, 1).
+    """
 
     dim: int
     kind: str = "normal"
+    shape: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ("normal", "uniform") or self.dim < 1:
             raise UsageError(f"a latent is 'normal' or 'uniform' with at least one dimension, not {self}")
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
-        """(n, dim) float32 on the generator's device."""
-        z = torch.empty(n, self.dim, device=generator.device)
+        """(n, \\*shape) float32 on the generator's device."""
+        z = torch.empty(n, *(self.shape or (self.dim,)), device=generator.device)
         return z.normal_(generator=generator) if self.kind == "normal" else z.uniform_(-1, 1, generator=generator)
 
 
@@ -90,6 +94,7 @@ class GAN:
     shape: of one sample, (D,) or (C, H, W).
     plugins: objects with hook implementations, by name, in the order in which they are to act.
     architecture: ``network``, ``width`` and ``depth`` of the shipped networks, for plugins that bring one more.
+    encoder: from samples to latents, for plugins that need one; without it they make their own.
     allow: names of refusals that are to be warnings.
     core: the same for behaviour of the core or of the caller; it acts after the plugins.
 
@@ -109,6 +114,7 @@ class GAN:
     batch_size: int = 64
     d_steps: int = 1
     architecture: Mapping[str, Any] = field(default_factory=dict)
+    encoder: nn.Module | None = None
     allow: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:

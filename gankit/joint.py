@@ -27,12 +27,16 @@ if TYPE_CHECKING:
 def make_encoder(gan: GAN, factory: str | None, *, name: str = "encoder", stochastic: bool = False) -> nn.Module:
     """A network from a sample (B, \\*shape) to a latent (B, z_dim), linear for a normal prior, tanh for a uniform one.
 
-    factory: None for the shipped network, or the user's own as ``module:factory`` or ``file.py:factory``, which asks by
-    name for any of ``shape``, ``z_dim``, ``latent``. name: what messages call it. stochastic: for :func:`reparametrise`, a
-    linear output of twice the size whatever the prior (a factory gets the doubled ``z_dim``, and ``latent`` "normal"). It
-    is initialised from the global random generator, so call this inside the hook ``players``. Raises UsageError for a
+    factory: None for the GAN's own encoder, or the shipped network where it has none; or the user's as ``module:factory`` or
+        ``file.py:factory``, which asks by name for any of ``shape``, ``z_dim``, ``latent``. name: what messages call it.
+    stochastic: for :func:`reparametrise`, a linear output of twice the size whatever the prior (a factory gets the doubled
+        ``z_dim``, and ``latent`` "normal").
+
+    It is initialised from the global random generator, so call this inside the hook ``players``. Raises UsageError for a
     factory that makes no module.
     """
+    if factory is None and gan.encoder is not None:
+        return gan.encoder
     z_dim, latent = (2 * gan.latent.dim, "normal") if stochastic else (gan.latent.dim, gan.latent.kind)
     if factory is None:
         return networks.encoder(gan.shape, z_dim, latent=latent, **gan.architecture)

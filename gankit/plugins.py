@@ -81,10 +81,15 @@ def _installed(name: str) -> Source:
 
 def _from_code(spec: str) -> Source:
     factory, origin = load_object(spec)
-    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", spec.rpartition(":")[2]).lower()
+    name = snake_case(spec.rpartition(":")[2])
     path = Path(inspect.getfile(sys.modules[factory.__module__])) if inspect.isclass(factory) else origin
     version = hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path else "0"
     return Source(name, _checked_class(factory, spec), spec.rpartition(":")[0], version)
+
+
+def snake_case(name: str) -> str:
+    """GradientPenalty -> gradient_penalty: what a class is called among plugins."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
 
 
 def load_object(spec: str) -> tuple[Any, Path | None]:
