@@ -18,6 +18,7 @@ from gankit.config import RECIPES, Config, Device, make, read_toml
 from gankit.errors import Diverged, UsageError
 from gankit.options import Option, closest, options_of, type_name
 from gankit.plugins import available, distribution_of, find
+from gankit.scaffold import KINDS, LICENSES, render, write
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -290,11 +291,12 @@ def evaluate(run: str | None, out: str, n: int | None, checkpoint: str | None, d
 
     console = _console(as_json)
     found = RunDir.find(run, out)
-    step, metrics, truth = running.evaluate(found, Terminal(console), checkpoint, device, n)
+    step, metrics, truth, provenance = running.evaluate(found, Terminal(console), checkpoint, device, n)
     console.print(f"{found.path}, step {step}", highlight=False, markup=False, soft_wrap=True)
     console.print(metrics_table(metrics, truth))
     if as_json:
-        click.echo(to_json({"run": str(found.path), "step": step, "metrics": metrics, "truth": truth}), nl=False)
+        values = {"metrics": metrics, "truth": truth, "provenance": provenance}
+        click.echo(to_json({"run": str(found.path), "step": step, **values}), nl=False)
 
 
 @main.command(cls=SectionedCommand)
@@ -368,6 +370,25 @@ def show(name: str, as_json: bool) -> None:
         table.add_row(f"{source.name}.{key}", type_name(option.annotation), str(_default(option)), option.help)
     console.print()
     console.print(table if options else "no options")
+
+
+@main.command("new-plugin")
+@click.argument("name")
+@click.option("--kind", type=click.Choice([*KINDS]), default="d-term", show_default=True, help="what it starts from")
+@click.option("--to", metavar="FOLDER", help="where to  [gankit-NAME]")
+@click.option("--license", type=click.Choice(LICENSES), default="MIT", show_default=True, help="whose text is written")
+@click.option("--author", default="", help="for the license and pyproject.toml")
+def new_plugin(name: str, kind: str, to: str | None, license: str, author: str) -> None:
+    """Write a plugin as a project of its own: module, tests with gankit's checks, README, CI, license.
+
+    It works as it is written; replace its formula by yours, and what says TODO.
+    """
+    project = render(name, kind, license=license, author=author)
+    folder = Path(to) if to else Path(f"gankit-{name.replace('_', '-')}")
+    for path in write(project, folder):
+        click.echo(path)
+    module = next(path for path in project if path.startswith("gankit_"))
+    click.echo(f'\nnext: pip install -e "{folder}[test]", then python -m pytest {folder} and edit {module}')
 
 
 def _default(option: Option) -> Any:

@@ -21,8 +21,9 @@ from types import ModuleType
 from typing import Any
 
 import pluggy
+from packaging.requirements import Requirement
 
-from gankit import hookspecs
+from gankit import __version__, hookspecs
 from gankit.errors import UsageError
 from gankit.options import build, closest
 
@@ -72,11 +73,24 @@ def _installed(name: str) -> Source:
     if len({ep.value for ep in named}) > 1:
         owners = " and ".join(distribution_of(ep)[0] for ep in named)
         raise UsageError(f"the plugin name {name!r} is claimed by {owners}: uninstall one of them")
+    _check_version(named[0])
     try:
         factory = named[0].load()
     except (ImportError, AttributeError) as error:
         raise UsageError(f"plugin {name!r} ({named[0].value}) cannot be loaded: {error}") from error
     return Source(name, _checked_class(factory, name), *distribution_of(named[0]))
+
+
+def _check_version(entry_point: EntryPoint) -> None:
+    """Refuse a plugin whose distribution asks for other versions of gankit."""
+    for line in entry_point.dist.requires or () if entry_point.dist else ():
+        requirement = Requirement(line)
+        if requirement.name == "gankit" and not requirement.specifier.contains(__version__, prereleases=True):
+            owner, version = distribution_of(entry_point)
+            raise UsageError(
+                f"plugin {entry_point.name!r} ({owner} {version}) is made for gankit {requirement.specifier}, and this is "
+                f"{__version__}: pip install --upgrade gankit {owner}"
+            )
 
 
 def _from_code(spec: str) -> Source:

@@ -106,6 +106,25 @@ def test_a_broken_file_and_a_name_claimed_twice(tmp_path: Path, monkeypatch: pyt
         find("p")
 
 
+@pytest.mark.parametrize(("asks", "fits"), [(">=0.1,<0.2", True), (">=7,<8", False), ("", True)])
+def test_a_plugin_for_other_versions_of_gankit_is_refused(
+    asks: str, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "stranger-2.0.dist-info"
+    info.mkdir()
+    info.joinpath("METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: stranger\nVersion: 2.0\nRequires-Dist: gankit{asks}\nRequires-Dist: numpy>99\n"
+    )
+    info.joinpath("entry_points.txt").write_text("[gankit]\nstranger = stranger_module:Stranger\n")
+    tmp_path.joinpath("stranger_module.py").write_text("class Stranger:\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    if fits:
+        assert find("stranger").distribution == "stranger"
+        return
+    with pytest.raises(UsageError, match=r"'stranger' \(stranger 2.0\) is made for gankit <8,>=7, and this is 0\.1\.0"):
+        find("stranger")
+
+
 def test_help_and_the_list_of_plugins_never_import_torch() -> None:
     code = """
 import sys
