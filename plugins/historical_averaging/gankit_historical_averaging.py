@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
 from gankit import hookimpl
 
@@ -27,7 +28,7 @@ def historical_averaging(parameters: Sequence[Tensor], means: Sequence[Tensor]) 
     shapes = [tuple(p.shape) for p in parameters], [tuple(m.shape) for m in means]
     if shapes[0] != shapes[1] or not shapes[0]:
         raise ValueError(f"parameters and means must have the same shapes, not {shapes[0]} and {shapes[1]}")
-    squares = [(p - m.detach()).square().sum() for p, m in zip(parameters, means, strict=True)]
+    squares = [mse_loss(p, m.detach(), reduction="sum") for p, m in zip(parameters, means, strict=True)]
     return torch.stack(squares).sum()
 
 
@@ -39,7 +40,7 @@ def running_means(means: Sequence[Tensor], parameters: Sequence[Tensor], t: int)
     """
     if t == 1:
         return [p.detach().clone() for p in parameters]
-    return [m + (p - m) / t for m, p in zip(means, parameters, strict=True)]
+    return list(torch._foreach_lerp(list(means), list(parameters), 1 / t))
 
 
 @dataclass(eq=False)
@@ -76,25 +77,26 @@ class HistoricalAveraging:
 
     def term(self, gan: GAN, phase: str) -> dict[str, Tensor] | None:
         """The term of one phase, or None before its first update and with weight 0."""
-        parameters = gan.parameters(phase)
-        if not self.weights[phase] or not self.fits(parameters, phase):
+        means = self.history(gan, phase) if self.weights[phase] else []
+        if not means:
             return None
-        means = [m.to(p.device) for m, p in zip(self.means[phase], parameters, strict=True)]
-        return {"historical_averaging": self.weights[phase] * historical_averaging(parameters, means)}
+        return {"historical_averaging": self.weights[phase] * historical_averaging(gan.parameters(phase), means)}
 
-    def fits(self, parameters: Sequence[Tensor], phase: str) -> bool:
-        """Whether the phase's means are of these parameters; not before the first update, nor after a change of shape."""
-        return bool(parameters) and [m.shape for m in self.means[phase]] == [p.shape for p in parameters]
+    def history(self, gan: GAN, phase: str) -> list[Tensor]:
+        """The phase's means, beside its parameters; none before the first update and after a change of shape."""
+        means, parameters = self.means[phase], gan.parameters(phase)
+        if [m.shape for m in means] != [p.shape for p in parameters]:
+            return []
+        return [m.to(p.device) for m, p in zip(means, parameters, strict=True)]
 
     @hookimpl
     def post_step(self, gan: GAN, phase: str) -> None:
         """Take the values after this update into the mean of their player."""
         if not self.weights[phase]:
             return
-        parameters = gan.parameters(phase)
-        self.counts[phase] = self.counts[phase] + 1 if self.fits(parameters, phase) else 1
-        means = [m.to(p.device) for m, p in zip(self.means[phase], parameters, strict=False)]
-        self.means[phase] = running_means(means, parameters, self.counts[phase])
+        means = self.history(gan, phase)
+        self.counts[phase] = self.counts[phase] + 1 if means else 1
+        self.means[phase] = running_means(means, gan.parameters(phase), self.counts[phase])
 
     def state_dict(self) -> dict[str, Any]:
         """Means and number of updates, by phase."""

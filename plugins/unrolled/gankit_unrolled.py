@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gankit import GAN
 
 Critic = Callable[..., Tensor]
-Slots = tuple[Tensor, ...]
+Slots = tuple[Any, ...]
 
 
 def adam_step(
@@ -23,19 +23,19 @@ def adam_step(
 ) -> tuple[Tensor, Slots]:
     """One update of ``torch.optim.Adam`` as a differentiable function of all three tensors.
 
-    slots: exp_avg and exp_avg_sq, of the parameter's shape, and the 0-dim number of updates made so far. Returns the new
-    parameter and slots. Agrees with torch to rounding. Where exp_avg_sq is 0 its root counts as constant: the true
-    derivative is infinite there, and a unit that never had a gradient would make everything NaN.
+    slots: exp_avg and exp_avg_sq, of the parameter's shape, and the number of updates made so far. Returns the new
+    parameter and slots. Agrees with torch to rounding. exp_avg_sq has the smallest normal number added under its root,
+    far below eps: at 0 the root's derivative is infinite, and a unit that never had a gradient would make everything NaN.
     """
     exp_avg, exp_avg_sq, step = slots
     beta1, beta2 = betas
-    step = step.double() + 1  # 1 - 0.999 ** step loses five digits in float32
+    step = float(step) + 1
+    correction = (1 - beta2**step) ** 0.5  # the root's, as a factor of numbers: as one of the tensor it costs a pass
     exp_avg = exp_avg.lerp(gradient, 1 - beta1)
-    exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * gradient.square()
-    positive = exp_avg_sq > 0
-    root = torch.where(positive, exp_avg_sq, torch.ones_like(exp_avg_sq)).sqrt().where(positive, exp_avg_sq)
-    denominator = root / (1 - beta2**step).sqrt() + eps
-    return parameter - lr / (1 - beta1**step) * (exp_avg / denominator), (exp_avg, exp_avg_sq, step)
+    exp_avg_sq = exp_avg_sq.lerp(gradient.square(), 1 - beta2)
+    denominator = (exp_avg_sq + torch.finfo(exp_avg_sq.dtype).tiny).sqrt() + correction * eps
+    rate = lr * correction / (1 - beta1**step)
+    return torch.addcdiv(parameter, exp_avg, denominator, value=-rate), (exp_avg, exp_avg_sq, step)
 
 
 def sgd_step(parameter: Tensor, gradient: Tensor, slots: Slots, *, lr: float) -> tuple[Tensor, Slots]:
@@ -157,9 +157,9 @@ def _updates(optimizer: torch.optim.Optimizer) -> dict[Tensor, Update]:
 def _slots(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Slots:
     if isinstance(optimizer, torch.optim.SGD):
         return ()
-    state = optimizer.state.get(parameter) or {}
-    zero = torch.zeros_like(parameter)
-    return state.get("exp_avg", zero), state.get("exp_avg_sq", zero), state.get("step", torch.zeros(()))
+    if not (state := optimizer.state.get(parameter)):  # before its first step
+        return torch.zeros_like(parameter), torch.zeros_like(parameter), 0
+    return state["exp_avg"], state["exp_avg_sq"], state["step"]
 
 
 @dataclass(eq=False)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn.functional import mse_loss, softplus
 
 from gankit import GAN, Latent, networks, train
 from gankit.plugins import create
@@ -52,6 +52,7 @@ class Floor:
     g: Callable[[Tensor, Tensor], Tensor] | None = None
     both_sides: bool = False  # G's loss scores the real side, too
     after_d: Callable[[], None] = lambda: None
+    after_g: Callable[[], None] = lambda: None
     critic: Callable[[Sides], Callable[..., Tensor]] | None = None  # in G's update
 
 
@@ -89,6 +90,7 @@ def by_hand(gan: GAN, floor: Floor) -> Callable[[int], None]:
             loss.backward(inputs=g_parameters)
             g_optimizer.step()
             g_optimizer.zero_grad()
+            floor.after_g()
 
     return loop
 
@@ -165,11 +167,28 @@ def floor_of(name: str, gan: GAN) -> Floor:
         z2 = torch.randn_like(z)
         return 1 / ((fake - G(z2)).abs().mean() / (z - z2).abs().mean() + 1e-5)
 
-    means = [p.detach().clone() for p in gan.parameters("d")]
-    g_means = [p.detach().clone() for p in gan.parameters("g")]
+    means = {phase: [p.detach().clone() for p in gan.parameters(phase)] for phase in ("d", "g")}
 
-    def history(parameters: list[nn.Parameter], averages: list[Tensor]) -> Tensor:
-        return sum((p - a).square().sum() for p, a in zip(parameters, averages, strict=True))  # type: ignore[return-value]
+    def history(phase: str) -> Tensor:
+        pairs = zip(gan.parameters(phase), means[phase], strict=True)
+        return torch.stack([mse_loss(p, mean, reduction="sum") for p, mean in pairs]).sum()
+
+    @torch.no_grad()  # the mean over history has to be kept, too
+    def remember(phase: str) -> None:
+        torch._foreach_lerp_(means[phase], gan.parameters(phase), 0.01)
+
+    state = gan.optimizers["d"].state
+
+    def adam(p: Tensor, gradient: Tensor, s: dict[str, Tensor]) -> Tensor:
+        """The step that D's own Adam would make; 1e-37, for dead units' gradients are 0, where a root's slope is infinite.
+
+        D's moments and their corrections are no luxury: with the gradient alone it is another update than D's.
+        """
+        step = s["step"].item() + 1
+        exp_avg = s["exp_avg"].lerp(gradient, 0.5)
+        root = (s["exp_avg_sq"].lerp(gradient.square(), 0.001) + 1e-37).sqrt()
+        correction = (1 - 0.999**step) ** 0.5
+        return torch.addcdiv(p, exp_avg, root + 1e-8 * correction, value=-2e-4 * correction / (1 - 0.5**step))
 
     def unrolled(sides: Sides) -> Callable[..., Tensor]:
         own = {n: p.detach().requires_grad_() for n, p in D.named_parameters()}
@@ -180,7 +199,7 @@ def floor_of(name: str, gan: GAN) -> Floor:
         loss = softplus(-score(*sides[0])).mean() + softplus(score(*sides[1])).mean()
         gradients = torch.autograd.grad(loss, [*own.values()], create_graph=True)
         after = {
-            n: p - 2e-4 * g / (g.square() + 1e-16).sqrt() for (n, p), g in zip(own.items(), gradients, strict=True)
+            name: adam(own[name], g, state[p]) for (name, p), g in zip(D.named_parameters(), gradients, strict=True)
         }
         return lambda *inputs: torch.func.functional_call(D, after, inputs)
 
@@ -200,7 +219,10 @@ def floor_of(name: str, gan: GAN) -> Floor:
         "feature_matching": Floor(g=matching),
         "mode_seeking": Floor(g=seeking),
         "historical_averaging": Floor(
-            d=lambda *_: history(gan.parameters("d"), means), g=lambda *_: history(gan.parameters("g"), g_means)
+            d=lambda *_: history("d"),
+            g=lambda *_: history("g"),
+            after_d=lambda: remember("d"),
+            after_g=lambda: remember("g"),
         ),
         "unrolled": Floor(critic=unrolled, both_sides=True),
     }
