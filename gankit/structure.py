@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,18 +38,53 @@ def of_type(root: nn.Module, *types: type[nn.Module]) -> dict[str, nn.Module]:
 def replace(root: nn.Module, name: str, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
     """Put ``make(module)`` into the place of the module called ``name`` inside ``root``, and return it.
 
-    It goes to the device of the old module and takes its training mode. Parameters of ``root`` change, so do it before the
-    optimisers are made. ValueError for ``root`` itself (""), which only its owner can replace.
+    Into all its places, if it has several names. It goes to the device of the old module and takes its training mode.
+    Parameters of ``root`` change, so do it before the optimisers are made. ValueError for ``root`` itself (""), which only
+    its owner can replace.
     """
     if not name:
         raise ValueError("the network itself cannot be replaced from inside")
     old = root.get_submodule(name)
     place = next((t.device for t in (*old.parameters(), *old.buffers(), *root.parameters())), torch.device("cpu"))
+    homes = [(parent, child) for parent in root.modules() for child, m in parent._modules.items() if m is old]
     new = make(old).to(place)
     new.train(old.training)
-    parent, _, child = name.rpartition(".")
-    setattr(root.get_submodule(parent), child, new)
+    for parent, child in homes:
+        setattr(parent, child, new)
     return new
+
+
+def calls(root: nn.Module, *inputs: Tensor) -> list[tuple[str, Any]]:
+    """What each call of a module inside ``root`` returned, with its name, in the order in which they finish; root ("") last.
+
+    One forward pass in evaluation mode; nothing moves. The outputs keep their graph where gradients are on. Modules that
+    compute weights (parametrizations) are left out, and so is what happens while ``root`` calls itself.
+    """
+    found: list[tuple[str, Any]] = []
+    running: list[nn.Module] = []  # of root, one in the other
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if len(running) == 1:
+                found.append((name, output))
+            if module is root:
+                running.pop()
+
+        return note
+
+    modes = [(m, m.training) for m in root.modules()]
+    named = [(name, m) for name, m in root.named_modules() if "parametrizations" not in name.split(".")]
+    handles = [m.register_forward_hook(hook(name)) for name, m in named]
+    handles.append(root.register_forward_pre_hook(lambda module, args: running.append(module), prepend=True))
+    root.eval()
+    try:
+        root(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for m, training in modes:
+            m.training = training
+    return found
 
 
 @torch.no_grad()
@@ -59,23 +95,8 @@ def output_shapes(root: nn.Module, *inputs: Tensor) -> dict[str, tuple[int, ...]
     one called several times the last output counts.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], object], None]:
-        def note(module: nn.Module, args: tuple[Tensor, ...], output: object) -> None:
-            if isinstance(output, Tensor):
-                shapes.pop(name, None)
-                shapes[name] = tuple(output.shape)
-
-        return note
-
-    modes = [(m, m.training) for m in root.modules()]
-    handles = [m.register_forward_hook(hook(name)) for name, m in root.named_modules() if name]
-    root.eval()
-    try:
-        root(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for m, training in modes:
-            m.training = training
+    for name, output in calls(root, *inputs):
+        if name and isinstance(output, Tensor):
+            shapes.pop(name, None)
+            shapes[name] = tuple(output.shape)
     return shapes

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from gankit import losses
@@ -26,14 +31,15 @@ def tiny_gan(
     batch_size: int = 8,
     z_dim: int = 4,
     seed: int = 0,
+    shape: tuple[int, ...] | None = None,
     **settings: Any,
 ) -> GAN:
-    """A built GAN with small networks on random data: ``kind`` is "vector" (B, 3) or "image" (B, 1, 28, 28).
+    """A built GAN with small networks on random data of ``shape``, or by ``kind``: "vector" (3,) or "image" (1, 28, 28).
 
     plugins: objects by name. core: further hook implementations, which act after the plugins. settings: any other field
     of :class:`gankit.GAN`.
     """
-    shape = SHAPES[kind]
+    shape = shape or SHAPES[kind]
 
     gan = GAN(
         **{"generator": None, "discriminator": None, "architecture": {"width": 8}, **settings},
@@ -68,3 +74,29 @@ def run(plugins: Mapping[str, object], *, kind: str = "vector", steps: int = 3, 
     gan = tiny_gan(kind, plugins, {"log": log}, **settings)
     train(gan, steps)
     return gan, log
+
+
+def write_digits(folder: Path, train: int = 2000, test: int = 500) -> Path:
+    """Write MNIST's four files with digits drawn in one type, of several sizes and places, with noise; give the folder.
+
+    What a test needs to read, to train a classifier on and to stack, where the true files are not at hand.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, n, seed in (("train", train, 0), ("t10k", test, 1)):
+        random = np.random.default_rng(seed)
+        labels = random.integers(0, 10, n, dtype=np.uint8)
+        images = np.stack([_drawn(str(label), random) for label in labels])
+        for name, array in ((f"{part}-images-idx3-ubyte", images), (f"{part}-labels-idx1-ubyte", labels)):
+            header = struct.pack(">BBBB", 0, 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
+            (folder / f"{name}.gz").write_bytes(gzip.compress(header + array.tobytes(), 1))
+    return folder
+
+
+def _drawn(digit: str, random: np.random.Generator) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    image = Image.new("L", (28, 28))
+    place = (14.0 + random.integers(-2, 3), 14.0 + random.integers(-2, 3))
+    font = ImageFont.load_default(int(random.integers(18, 25)))
+    ImageDraw.Draw(image).text(place, digit, fill=255, font=font, anchor="mm")
+    noisy = np.asarray(image) + random.normal(0, 20, (28, 28))
+    pixels: np.ndarray[Any, np.dtype[np.uint8]] = noisy.clip(0, 255).astype(np.uint8)
+    return pixels

@@ -18,7 +18,7 @@ from gankit.testing import Log, run, tiny_gan
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "compatibility.md"
 IN_TREE = sorted(path.parent.name for path in (ROOT / "plugins").glob("*/pyproject.toml"))
-KINDS = ("vector", "image")
+KINDS: dict[str, dict[str, Any]] = {"vector": {}, "image": {"shape": (1, 16, 16)}}  # 4 * 2^k px, which growing needs
 OPTIONS: dict[str, dict[str, Any]] = {"unrolled": {"k": 1}, "lecam": {"start": 0}}  # cheap, and on from the first step
 SETTINGS: dict[str, dict[str, Any]] = {"weight_clipping": {"loss": "wasserstein"}}
 TERM_HOOKS = ("pre_d_loss", "post_g_loss")
@@ -54,7 +54,7 @@ def terms_by_owner(plugins: dict[str, object], kind: str, settings: dict[str, An
 
 def problems(one: str, two: str, kind: str) -> tuple[str, list[str]]:
     """The refusal of the pair, if any, and what is wrong with what it gave."""
-    settings = {**SETTINGS.get(one, {}), **SETTINGS.get(two, {})}
+    settings = {**KINDS[kind], **SETTINGS.get(one, {}), **SETTINGS.get(two, {})}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

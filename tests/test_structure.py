@@ -35,6 +35,35 @@ def test_output_shapes_in_the_order_of_their_end_without_moving_anything() -> No
     assert not any(m._forward_hooks for m in network.modules())
 
 
+class Referring(Foreign):
+    """Calls itself on a batch of its own, and has a layer under two names with a computed weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again = self.stem[0]
+        nn.utils.parametrizations.spectral_norm(self.twice)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + (self(torch.ones(1, 1, 16, 16)) if len(x) > 1 else 0)
+
+
+def test_calls_in_order_with_graphs_and_without_those_of_a_call_inside() -> None:
+    network, x = Referring(), torch.randn(5, 1, 16, 16)
+    found = structure.calls(network, x)
+    assert [name for name, _ in found] == ["stem.0", "stem.1", "stem.2", "stem", "twice", "twice", ""]
+    assert [len(output) for _, output in found] == [5] * 7
+    assert found[-1][1].requires_grad
+    assert torch.equal(found[-1][1], network.eval()(x))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
+
+
+def test_replace_reaches_all_names_of_a_module() -> None:
+    network = Referring()
+    new = structure.replace(network, "stem.0", lambda module: nn.Identity())
+    assert network.again is new
+    assert network.stem[0] is new
+
+
 def test_replace_keeps_device_and_mode_and_hands_over_the_old_module() -> None:
     network = Foreign().eval()
     old = network.stem[1]
@@ -50,9 +79,7 @@ def test_replace_keeps_device_and_mode_and_hands_over_the_old_module() -> None:
 
 
 def test_messages_name_what_was_looked_at() -> None:
-    with pytest.raises(
-        UsageError, match=r"critic has no .* 'stem\.9' \(did you mean 'stem\.\d'\?\); it has stem\.0"
-    ):
+    with pytest.raises(UsageError, match=r"critic has no .* 'stem\.9' \(did you mean 'stem\.\d'\?\); it has stem\.0"):
         structure.named(Foreign(), "stem.9", "critic")
     assert structure.listing(Foreign(), limit=2) == "stem.0 (Conv2d), stem.1 (BatchNorm2d), and 3 more"
     assert structure.listing(nn.ReLU()) == "nothing but the ReLU itself"

@@ -63,7 +63,8 @@ def normalize(
         raise ValueError(f"{type(module).__name__} has no linear or convolutional layer to normalise")
     if already:
         raise ValueError(f"layer {already[0]!r} already has a spectral norm: a second one would be for nothing")
-    if len({id(layer.weight) for layer in found}) < len(found):
+    weights = [layer.weight for layer in found]  # held, for computed ones are new at each look and ids come again
+    if len(set(map(id, weights))) < len(weights):
         raise ValueError("two layers share one weight, which normalising them would separate")
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()), enabled=generator is not None):
         if generator is not None:

@@ -261,3 +261,12 @@ def test_an_averaged_generator_is_normalised_by_its_own_singular_values() -> Non
         u = layer.parametrizations["weight"][0]._u  # type: ignore[union-attr, index]
         assert u.norm().item() == pytest.approx(1, abs=1e-5)
     assert torch.equal(folded(average).eval()(torch.ones(2, 4)), average(torch.ones(2, 4)))
+
+
+def test_layers_whose_weights_are_computed_are_not_taken_for_shared_ones() -> None:
+    network = nn.Sequential(*(nn.utils.parametrizations.orthogonal(nn.Linear(3, 3)) for _ in range(20)))
+    with torch.no_grad():
+        for layer in network:
+            layer.parametrizations.weight.original.mul_(2)
+    normalize(network, power_iterations=20)
+    assert np.linalg.svd(network[7].weight.detach().numpy())[1][0] == pytest.approx(1, abs=1e-4)
