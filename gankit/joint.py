@@ -39,7 +39,10 @@ def make_encoder(gan: GAN, factory: str | None, *, name: str = "encoder", stocha
         return gan.encoder
     z_dim, latent = (2 * gan.latent.dim, "normal") if stochastic else (gan.latent.dim, gan.latent.kind)
     if factory is None:
-        return networks.encoder(gan.shape, z_dim, latent=latent, **gan.architecture)
+        shipped = networks.encoder(gan.shape, z_dim, latent=latent, **gan.architecture)
+        # z as one's own generator takes it, DCGAN's (dim, 1, 1) for one; mean and log-variance stay flat
+        shape = None if stochastic or gan.latent.shape == (z_dim,) else gan.latent.shape
+        return nn.Sequential(shipped, nn.Unflatten(1, shape)) if shape else shipped
     from gankit.gan import call_with_accepted
     from gankit.plugins import load_object
 
@@ -106,8 +109,9 @@ class Joint:
         batch = yield
         encoder = gan.players["encoder"].module
         if self.stochastic:
-            statistics = encode(encoder, batch.real, batch.z.repeat(1, 2), name="stochastic encoder")
+            statistics = encode(encoder, batch.real, batch.z.flatten(1).repeat(1, 2), name="stochastic encoder")
             code = reparametrise(statistics, tanh=gan.latent.kind == "uniform", generator=gan.rng(self))
+            code = code.view_as(batch.z)
         else:
             code = encode(encoder, batch.real, batch.z)
         return batch._replace(extra={**batch.extra, "code": code})
