@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Where gankit keeps what it fetched or computed once: the variable GANKIT_CACHE, or the system's place for that."""
+    if chosen := os.environ.get("GANKIT_CACHE"):
+        return Path(chosen).expanduser()
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "gankit" / "Cache"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "gankit"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gankit"
 
 
 @contextmanager
@@ -21,9 +33,9 @@ def naming(path: Path) -> Iterator[None]:
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write a file so that ``path`` is the old one or the whole new one, after a crash, too.
 
-    A temporary neighbour is written and synchronised, then renamed. Raises OSError that names the path.
+    A temporary neighbour of this process is written and synchronised, then renamed. Raises OSError that names the path.
     """
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with naming(path), temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 import torch
@@ -21,6 +21,9 @@ from gankit.contract import PHASES, Player, View
 from gankit.defaults import CoreHooks
 from gankit.errors import UsageError
 from gankit.plugins import manager
+
+if TYPE_CHECKING:
+    from gankit.data import Dataset
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,9 @@ class GAN:
         self.averages: dict[str, nn.Module] = {}  # averaged copies of players, by player
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.next_real: Callable[[], Tensor]  # the data stream, set by whoever trains
+        self.data: Dataset | None = None  # the data set, for metrics; set by whoever evaluates
+        self.progress: Callable[[int, int, str], None] = lambda done, total, what: None  # for what takes time
+        self.provenance: dict[str, dict[str, Any]] = {}  # of metrics, by the name `provenance.column` gives
         self.manager = manager(self.plugins, {"core": CoreHooks(), **self.core})
         self.hook: pluggy.HookRelay = self.manager.hook
         self.rngs: dict[str, torch.Generator] = {}

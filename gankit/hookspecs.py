@@ -145,12 +145,18 @@ def post_step(gan: GAN, terms: dict[str, Tensor], phase: str, step: int) -> None
 
 
 @hookspec
-def evaluate(gan: GAN, draw: Callable[[int], Tensor], step: int) -> dict[str, float] | None:
+def evaluate(gan: GAN, draw: Callable[[int], Tensor], step: int | None) -> dict[str, float] | None:
     """Metrics by name; collected, and a name may be used once.
 
     Called every ``--eval-every`` steps, and at the end. ``draw(n)`` gives n samples (n, \\*shape) of the averaged
     generator where there is one, in evaluation mode, without gradients, from a random stream of its own: the same call
     in the same run gives the same samples, and training is not disturbed.
+
+    Called once more with ``step`` None: ``draw`` then gives true training samples (as many as there are), and the result
+    is what a perfect generator would get; return None if a metric does not come from ``draw``. ``gan.data`` is the data
+    set, or None in a loop that has not set it. ``gan.progress(done, total, what)`` tells of what takes time. A
+    metric that depends on more than the samples is named by ``gankit.provenance.column(metric, facts)``, and its facts
+    put into ``gan.provenance`` under that name: values of different provenance then never share a column.
     """
     raise NotImplementedError
 

@@ -34,7 +34,16 @@ from gankit.loop import train
 from gankit.plugins import Source, create, load_object
 from gankit.rundir import RunDir
 from gankit.sampler import Sampler
-from gankit.training import Averaging, Evaluator, LinearDecay, Metrics, Saver, Stats, measure
+from gankit.training import (
+    Averaging,
+    Evaluator,
+    LinearDecay,
+    Metrics,
+    Saver,
+    Stats,
+    measure,
+    record_provenance,
+)
 
 # Multiply-adds of one forward pass of G and D above which a second thread pays: tests/benchmarks/threads.py.
 WORTH_THREADS = 50e6
@@ -43,8 +52,8 @@ WORTH_THREADS = 50e6
 class Reporter(Protocol):
     """Who tells the person what happens. It is registered beside the plugins, so it may implement hooks, too."""
 
-    def loading(self, done: int, total: int) -> None:
-        """Data are being read: ``done`` of ``total`` files."""
+    def loading(self, done: int, total: int, what: str = "reading") -> None:
+        """Something takes time, such as reading data: ``done`` of ``total`` parts."""
 
     def data(self, summary: datasets.Summary) -> None:
         """The data were read."""
@@ -162,6 +171,7 @@ class Session:
         }
         self.gan, sources = assemble(config, data.shape, core)
         self.gan.next_real = sampler
+        self.gan.data, self.gan.progress = self.data, reporter.loading
         self.gan.build()
         if device.type == "cuda":
             self.gan.manager.meter.clock = _cuda_clock
@@ -184,7 +194,8 @@ class Session:
         run.write_json("data.json", asdict(summary))
         if data.is_image:
             pictures.save_png(pictures.image_grid(data.held_out(64).cpu(), 8), run.samples / "reals.png")
-        run.append("metrics.jsonl", {"step": None, **self.metrics.truth()})
+        run.append("metrics.jsonl", {"step": None, **measure(self.gan, truth=data)})
+        record_provenance(self.gan, run)
 
     def restore(self, checkpoint: Path, changeable: tuple[str, ...] = ()) -> None:
         """Continue from a checkpoint of this run; UsageError when settings or plugins are not what they were."""
@@ -361,14 +372,13 @@ def evaluate(
     checkpoint: str | None = None,
     device: Device = "auto",
     samples: int | None = None,
-) -> tuple[int, dict[str, float], dict[str, float]]:
-    """Step and metrics of a recorded run's checkpoint, and the true data's own on the same number of samples."""
+) -> tuple[int, dict[str, float], dict[str, float], dict[str, dict[str, Any]]]:
+    """Step and metrics of a recorded run's checkpoint, the true data's own on as many samples, and their provenance."""
     gan, config = load(run, checkpoint, device)
-    data = read_data(config, reporter).to(gan.device)
+    gan.data, gan.progress = read_data(config, reporter).to(gan.device), reporter.loading
     assert config.eval_samples is not None
-    metrics = Metrics(data, samples or config.eval_samples)
-    gan.manager.register(metrics, "metrics")
-    return gan.step, measure(gan), metrics.truth()
+    gan.manager.register(Metrics(gan.data, samples or config.eval_samples), "metrics")
+    return gan.step, measure(gan), measure(gan, truth=gan.data), gan.provenance
 
 
 def export(run: RunDir, to: str | None = None, checkpoint: str | None = None) -> list[Path]:

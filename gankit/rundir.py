@@ -6,6 +6,7 @@
     env.json        versions, machine, threads
     data.json       summary of the data
     stats.jsonl     losses by term, gradient shares, costs, every --log-every steps
+    provenance.json where values come from whose names carry a provenance
     metrics.jsonl   metrics, every --eval-every steps; the first line (step null) is the true data's own score
     samples/        reals.png, fakes-000500.png, ...
     curves.png      losses and metrics (with gankit[plot])

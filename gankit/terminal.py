@@ -19,6 +19,7 @@ from rich.progress import (
 from rich.table import Table
 
 from gankit.hookspecs import hookimpl
+from gankit.provenance import metric_of
 
 if TYPE_CHECKING:
     from gankit.data import Summary
@@ -35,6 +36,11 @@ METRICS: dict[str, tuple[str, str]] = {
     "jsd": ("Jensen-Shannon", "{:.4f}"),
     "sliced_wasserstein": ("sliced Wasserstein", "{:.4f}"),
     "energy_distance": ("energy distance", "{:.5f}"),
+    "inception_score": ("Inception score", "{:.3f}"),
+    "fid": ("FID", "{:.3f}"),
+    "kid": ("KID", "{:.5f}"),
+    "precision": ("precision", "{:.1%}"),
+    "recall": ("recall", "{:.1%}"),
 }
 REFRESH = 0.25  # seconds between redraws of the bar: drawing competes with training for the interpreter
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
@@ -42,12 +48,14 @@ PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 
 def shown(name: str, value: float | None) -> str:
     """A metric's value as a person reads it."""
-    return "-" if value is None else METRICS.get(name, (name, "{:.4g}"))[1].format(value)
+    return "-" if value is None else METRICS.get(metric_of(name), (name, "{:.4g}"))[1].format(value)
 
 
 def label(name: str) -> str:
-    """A metric's name as a person reads it."""
-    return METRICS.get(name, (name.replace("_", " "), ""))[0]
+    """A metric's name as a person reads it, with its provenance."""
+    metric, _, provenance = name.partition("@")
+    text = METRICS.get(metric, (metric.replace("_", " "), ""))[0]
+    return f"{text} ({provenance.replace(',', ', ')})" if provenance else text
 
 
 class Terminal:
@@ -62,12 +70,16 @@ class Terminal:
         self.first = 0
         self.started = self.drawn = time.perf_counter()
 
-    def loading(self, done: int, total: int) -> None:
-        """Redraw one line of progress while files are read."""
+    def loading(self, done: int, total: int, what: str = "reading") -> None:
+        """Redraw one line of progress, or the text beside the bar."""
         now = time.perf_counter()
-        if self.console.is_terminal and (done == total or now - self.drawn > REFRESH):
-            self.drawn = now
-            self.console.print(f"reading {done}/{total}", end="\n" if done == total else "\r")
+        if not self.console.is_terminal or (done < total and now - self.drawn < REFRESH):
+            return
+        self.drawn = now
+        if self.bar:
+            self.bar.update(self.task, text=f"{what} {done}/{total}", refresh=True)
+        else:
+            self.console.print(f"{what} {done}/{total}", end="\n" if done == total else "\r", highlight=False)
 
     def data(self, summary: Summary) -> None:
         """The summary of the data, with its warnings."""
@@ -123,8 +135,10 @@ class Terminal:
 
     def metrics(self, step: int, found: Mapping[str, float]) -> None:
         """The metrics of an evaluation."""
-        chosen = [name for name in ("modes", "high_quality") if name in found] or ["sliced_wasserstein"]
-        self.latest = "  ".join(f"{label(name)} {shown(name, found[name])}" for name in chosen)
+        known = {metric_of(name): name for name in found}
+        ranked = (("modes", "high_quality"), ("fid",), ("sliced_wasserstein",))
+        chosen = next(names for wanted in ranked if (names := [known[name] for name in wanted if name in known]))
+        self.latest = "  ".join(f"{label(metric_of(name))} {shown(name, found[name])}" for name in chosen)
         if not self.bar:
             self.console.print(f"step {step}/{self.steps}  {self.text()}", highlight=False)
 
@@ -148,7 +162,7 @@ def metrics_table(found: Mapping[str, float], truth: Mapping[str, float]) -> Tab
     table.add_column("generated", justify="right")
     table.add_column("true data", justify="right", style="dim")
     for name, value in found.items():
-        table.add_row(label(name), shown(name, value), shown(name, truth.get(name)))
+        table.add_row(escape(label(name)), shown(name, value), shown(name, truth.get(name)))
     return table
 
 

@@ -17,6 +17,7 @@ from gankit.data import Dataset
 from gankit.errors import Diverged
 from gankit.gan import GAN, derive_seed
 from gankit.hookspecs import hookimpl
+from gankit.provenance import metric_of
 from gankit.rundir import RunDir
 
 # Prime, so that a term applied in every k-th step is met as often as it occurs.
@@ -196,10 +197,7 @@ def _diverged(step: int, phase: str, name: str, value: float) -> str:
 
 
 class Metrics:
-    """Metrics every data set allows (sliced Wasserstein and energy distance to held-out data), and modes where known.
-
-    ``truth`` is the score of true training data in the generator's place: what a perfect generator would get.
-    """
+    """Metrics every data set allows (sliced Wasserstein and energy distance to held-out data), and modes where known."""
 
     def __init__(self, data: Dataset, n: int) -> None:
         self.data = data
@@ -215,12 +213,6 @@ class Metrics:
         found["sliced_wasserstein"] = metrics.sliced_wasserstein(samples, self.held_out, generator=generator)
         found["energy_distance"] = metrics.energy_distance(samples[:2000], self.held_out[:2000])
         return found
-
-    def truth(self) -> dict[str, float]:
-        """The metrics of training data."""
-        generator = torch.Generator().manual_seed(0)
-        index = torch.randperm(len(self.data), generator=generator)[: self.n]
-        return self.of(self.data.batch(index.to(self.held_out.device)))
 
     @hookimpl
     def evaluate(self, draw: Callable[[int], Tensor]) -> dict[str, float]:
@@ -253,6 +245,7 @@ class Evaluator:
         self.improved = goodness(self.last) > self.best
         self.best = max(self.best, goodness(self.last))
         self.run.append("metrics.jsonl", {"step": gan.step, **self.last})
+        record_provenance(gan, self.run)
         picture(gan, self.data, self.run.samples / f"fakes-{gan.step:06d}.png")
         self.report(gan.step, self.last)
         self.stats.pause(time.perf_counter() - started)
@@ -267,18 +260,44 @@ class Evaluator:
         self.best = state["best"]
 
 
-def measure(gan: GAN) -> dict[str, float]:
-    """All metrics of all ``evaluate`` hooks on the GAN as it is; always from the same latents."""
+def measure(gan: GAN, truth: Dataset | None = None) -> dict[str, float]:
+    """All metrics of all ``evaluate`` hooks on the GAN as it is; always from the same latents.
+
+    ``truth``: of this data set's training samples in the generator's place, which is what a perfect generator would get.
+    """
 
     def draw(n: int) -> Tensor:
         return gan.draw(n, torch.Generator(gan.device).manual_seed(derive_seed(gan.seed, "evaluate")))
 
-    found = gan.hook.evaluate(gan=gan, draw=draw, step=gan.step)
+    meter = gan.manager.meter
+    probing, meter.on = meter.on, False  # what evaluation costs is no part of a step
+    if truth is None:
+        found = gan.hook.evaluate(gan=gan, draw=draw, step=gan.step)
+    else:
+        found = gan.hook.evaluate(gan=gan, draw=true_draw(truth), step=None)
+    meter.on = probing
     return {name: float(value) for result in found for name, value in result.items()}
+
+
+def true_draw(data: Dataset) -> Callable[[int], Tensor]:
+    """Draws training samples, always the same ones, as many as there are."""
+
+    def draw(n: int) -> Tensor:
+        index = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:n]
+        return data.batch(index.to(data.device))
+
+    return draw
+
+
+def record_provenance(gan: GAN, run: RunDir) -> None:
+    """Write ``provenance.json``: where the values of each column with a provenance come from."""
+    if gan.provenance:
+        run.write_json("provenance.json", gan.provenance)
 
 
 def goodness(found: Mapping[str, float]) -> list[float]:
     """By what the best checkpoint is chosen: more modes, more of high quality, then less sliced Wasserstein distance."""
+    found = {metric_of(name): value for name, value in found.items()}
     return [found.get("modes", 0.0), found.get("high_quality", 0.0), -found["sliced_wasserstein"]]
 
 

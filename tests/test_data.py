@@ -280,7 +280,7 @@ def test_mnist_download_checks_sums_and_caches(digits, tmp_path, monkeypatch):
         Path(output_file).write_bytes((source / url.rsplit("/", 1)[1]).read_bytes())
 
     monkeypatch.setattr(pooch.core, "choose_downloader", lambda *_, **__: copy)
-    monkeypatch.setattr(pooch, "os_cache", lambda name: tmp_path / "cache" / name)
+    monkeypatch.setenv("GANKIT_CACHE", str(tmp_path / "cache"))
     with pytest.raises(UsageError, match="does not match"):  # our files are not the real ones
         load("mnist")
     monkeypatch.setattr(digits_module, "FILES", sums)

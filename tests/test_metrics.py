@@ -1,3 +1,5 @@
+import collections
+import itertools
 import json
 import math
 
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gankit.errors import UsageError
-from gankit.metrics import energy_distance, mode_histogram, mode_metrics, sliced_wasserstein
+from gankit.metrics import energy_distance, label_modes, mode_histogram, mode_metrics, sliced_wasserstein
 
 STD = 0.01
 ANGLES = torch.arange(8, dtype=torch.float64) * (2 * math.pi / 8)
@@ -159,6 +161,41 @@ def test_distances_are_symmetric_and_invariant(n: int, m: int, features: int, se
             assert other == pytest.approx(value, rel=1e-6, abs=1e-9)
         assert distance(x, x[order]) == pytest.approx(0, abs=1e-12)
         assert distance(2 * x, 2 * y) == pytest.approx(2 * value, rel=1e-9, abs=1e-12)
+
+
+def test_label_modes_of_every_triple_and_of_one() -> None:
+    every = torch.cartesian_prod(*3 * [torch.arange(10)])
+    assert label_modes(every) == {"modes": 1000, "reverse_kl": pytest.approx(0, abs=1e-12)}
+    assert label_modes(every.repeat(3, 1))["reverse_kl"] == pytest.approx(0, abs=1e-12)
+    assert label_modes(every[:1].repeat(50, 1)) == {"modes": 1, "reverse_kl": pytest.approx(math.log(1000))}
+    assert label_modes(every[:500]) == {"modes": 500, "reverse_kl": pytest.approx(math.log(2))}
+    assert label_modes(torch.tensor([[0, 1], [1, 0]])) == {"modes": 2, "reverse_kl": pytest.approx(math.log(50))}
+    assert label_modes(torch.empty(0, 3, dtype=torch.int64)) == {"modes": 0, "reverse_kl": math.log(1000)}
+
+
+def test_reverse_kl_of_26000_perfect_samples_is_the_known_0_019() -> None:
+    found = label_modes(torch.randint(10, (26_000, 3), generator=stream()))
+    assert found["modes"] == 1000
+    assert found["reverse_kl"] == pytest.approx(999 / 52_000, rel=0.1)
+
+
+@given(sizes, st.integers(1, 3), st.integers(2, 5), seeds)
+@settings(deadline=None, max_examples=40)
+def test_label_modes_against_counting_and_scipy(n: int, channels: int, classes: int, seed: int) -> None:
+    labels = torch.randint(classes, (n, channels), generator=stream(seed))
+    counts = collections.Counter(map(tuple, labels.tolist()))
+    q = np.array([counts.get(mode, 0) / n for mode in itertools.product(range(classes), repeat=channels)])
+    expected = scipy.stats.entropy(q, np.full(len(q), 1 / len(q)))
+    assert label_modes(labels, classes) == {"modes": len(counts), "reverse_kl": pytest.approx(expected, abs=1e-12)}
+
+
+def test_label_modes_refuses_what_are_no_labels() -> None:
+    for bad in (torch.zeros(5, 3), torch.zeros(5, dtype=torch.int64)):
+        with pytest.raises(UsageError, match="integers"):
+            label_modes(bad)
+    for value in (-1, 10):
+        with pytest.raises(UsageError, match="between 0 and 9"):
+            label_modes(torch.full((2, 3), value))
 
 
 @given(sizes, seeds, st.floats(-20, 20))

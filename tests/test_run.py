@@ -24,6 +24,15 @@ IN_TREE = sorted(path.parent.name for path in (ROOT / "plugins").glob("*/pyproje
 FAST = ["--steps", "12", "--batch", "16", "--width", "8", "--eval-every", "4", "--save-every", "5", "--log-every", "3",
         "--eval-samples", "50", "--keep", "9"]  # fmt: skip
 
+FOR_IMAGES = {
+    "diffaugment": [],
+    "inception": ["-o", "inception.extractor=halves.py:features", "-o", "inception.metrics=fid,precision,recall"],
+    "progressive": [],
+    "self_attention": [],
+    "stacked": [],
+    "virtual_batch_norm": [],
+}
+
 
 def gankit(*arguments: str, code: int = 0) -> Result:
     result = CliRunner().invoke(main, list(arguments))
@@ -108,9 +117,10 @@ def test_gradient_shares_and_milliseconds_are_measured() -> None:
 @pytest.mark.parametrize("name", ["none", *IN_TREE])
 def test_a_continued_run_equals_one_that_never_stopped(name: str) -> None:
     on = [] if name == "none" else ["--plugin", name]
-    if name == "diffaugment":  # for images alone
-        np.save("x.npy", np.random.default_rng(0).integers(0, 256, (40, 28, 28), dtype=np.uint8))
-        on += ["--data", "x.npy"]
+    if name in FOR_IMAGES:
+        np.save("x.npy", np.random.default_rng(0).integers(0, 256, (40, 32, 32), dtype=np.uint8))
+        on += ["--data", "x.npy", *FOR_IMAGES[name]]
+        Path("halves.py").write_text("def features(x): return x[:, 0, ::8, ::8].flatten(1)")
     gankit("run", *FAST, *on, "--name", "whole")
     gankit("run", *FAST, *on, "--name", "parts", "--steps", "12")
     parts = Path("runs/parts")

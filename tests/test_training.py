@@ -1,6 +1,7 @@
 """The core's own hook implementations, against closed forms."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from gankit.errors import Diverged
 from gankit.rundir import RunDir
 from gankit.sampler import Sampler
 from gankit.testing import tiny_gan
-from gankit.training import Averaging, LinearDecay, Metrics, Stats, goodness, picture
+from gankit.training import Averaging, LinearDecay, Metrics, Stats, goodness, measure, picture, true_draw
 
 
 class Snapshots:
@@ -171,12 +172,40 @@ def test_the_best_has_more_modes_then_more_quality_then_less_distance() -> None:
 
 def test_metrics_of_true_data_are_near_perfect_and_repeatable() -> None:
     metrics = Metrics(load("ring"), 2500)
-    truth = metrics.truth()
+    draw = true_draw(metrics.data)
+    truth = metrics.of(draw(2500))
     assert truth["modes"] == 8
     assert truth["high_quality"] == pytest.approx(1 - math.exp(-4.5), abs=0.01)
     assert truth["sliced_wasserstein"] < 0.03
-    assert metrics.truth() == truth
+    assert metrics.of(draw(2500)) == truth
     assert metrics.of(torch.zeros(2500, 2))["sliced_wasserstein"] > 0.4
+
+
+def test_true_data_take_the_generators_place_for_every_plugin() -> None:
+    data = load("ring")
+    shown: list[tuple[Tensor, int | None]] = []
+
+    class Mean:
+        @hookimpl
+        def evaluate(self, gan: GAN, draw: Callable[[int], Tensor], step: int | None) -> dict[str, float]:
+            shown.append((draw(100), step))
+            return {"mean": shown[-1][0].mean().item()}
+
+    gan = tiny_gan(plugins={"mean": Mean()})
+    gan.manager.meter.on = True
+    assert measure(gan) == measure(gan) != measure(gan, truth=data) == measure(gan, truth=data)
+    assert [step for _, step in shown] == [0, 0, None, None]
+    assert shown[0][0].shape == (100, 3) and shown[2][0].shape == (100, 2)
+    training = {tuple(row) for row in data.batch(torch.arange(len(data))).tolist()}
+    assert {tuple(row) for row in shown[2][0].tolist()} <= training
+    assert len(true_draw(data)(10**9)) == len(data)
+    assert gan.manager.meter.on and not gan.manager.meter.seconds  # evaluation is no part of a step's cost
+
+
+def test_the_best_is_found_by_metrics_whatever_their_provenance() -> None:
+    more = {"modes@digits,n=26000,0a1b2c3d": 700, "sliced_wasserstein": 0.5}
+    fewer = {"modes@digits,n=26000,0a1b2c3d": 600, "sliced_wasserstein": 0.1}
+    assert goodness(more) > goodness(fewer)
 
 
 def test_pictures_of_vectors_and_images(tmp_path: Path) -> None:

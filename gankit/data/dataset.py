@@ -67,6 +67,7 @@ class Dataset:
     per training sample; held_out_labels, the same for `held_out`. classes: class names, or ().
     modes: for mixtures with known centres. digits: (N, 3) int64, the digit in each channel (stacked-mnist).
     features: column names of tabular data. notes: what loading changed or left out; `summary` repeats them.
+    root: the folder MNIST's files were found in, for who reads them once more.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Dataset:
     digits: Tensor | None = None
     features: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    root: str | None = None
 
     def __len__(self) -> int:
         """Return the number of training samples."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gankit.data.dataset import Dataset, Progress, Store, resized, seeded
 from gankit.errors import UsageError
+from gankit.files import cache_folder
 
 STACKED_COUNT, STACKED_HELD_OUT = 128_000, 26_000
 MIRROR = "https://ossci-datasets.s3.amazonaws.com/mnist/"
@@ -32,7 +33,8 @@ def mnist(data_root: str | None, image_size: int | None, progress: Progress | No
     The test images are shuffled once, with a fixed seed: the first half of the original file is easier than
     the second, and `held_out(n)` should not see only that.
     """
-    train, labels, test, test_labels = _read_all(data_root, image_size, progress)
+    paths = find_files(data_root)
+    train, labels, test, test_labels = read_files(paths, image_size, progress)
     order = torch.randperm(len(test), generator=seeded(21))
     return Dataset(
         "mnist",
@@ -41,6 +43,7 @@ def mnist(data_root: str | None, image_size: int | None, progress: Progress | No
         labels=labels,
         held_out_labels=test_labels[order],
         classes=_CLASSES,
+        root=str(paths[0].parent),
     )
 
 
@@ -52,11 +55,18 @@ def stacked_mnist(data_root: str | None, image_size: int | None, progress: Progr
     digits of MNIST are not equally frequent, so the distribution itself is KL 0.0043 away from uniform modes,
     before the error of a finite sample. Setting of PacGAN (arXiv 1712.04086) and VEEGAN (arXiv 1705.07761).
     """
-    train, labels, test, _ = _read_all(data_root, image_size, progress)
+    paths = find_files(data_root)
+    train, labels, test, _ = read_files(paths, image_size, progress)
     generator = seeded(22)
     rows = torch.randint(len(train), (STACKED_COUNT, 3), generator=generator)
     test_rows = torch.randint(len(test), (STACKED_HELD_OUT, 3), generator=generator)
-    return Dataset("stacked-mnist", Store(train, rows), Store(test, test_rows), digits=labels[rows])
+    return Dataset(
+        "stacked-mnist",
+        Store(train, rows),
+        Store(test, test_rows),
+        digits=labels[rows],
+        root=str(paths[0].parent),
+    )
 
 
 def read_idx(path: Path) -> Tensor:
@@ -80,11 +90,10 @@ def read_idx(path: Path) -> Tensor:
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy())
 
 
-def _read_all(
-    data_root: str | None, image_size: int | None, progress: Progress | None
+def read_files(
+    paths: list[Path], image_size: int | None, progress: Progress | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Train images (N, 1, H, W) uint8 and labels (N,) int64, then the same of the test set."""
-    paths = _find(data_root)
+    """Train images (N, 1, H, W) uint8 and labels (N,) int64, then the same of the test set, of `find_files`' paths."""
     parts: list[Tensor] = []
     for done, path in enumerate(paths, start=1):
         parts.append(read_idx(path))
@@ -99,8 +108,8 @@ def _read_all(
     return train, parts[1].long(), test, parts[3].long()
 
 
-def _find(data_root: str | None) -> list[Path]:
-    """Paths of the four files, from the first folder that has them all, or downloaded."""
+def find_files(data_root: str | None) -> list[Path]:
+    """Paths of MNIST's four files, from the first folder that has them all, or downloaded. UsageError without any."""
     roots = [Path(root).expanduser() for root in (data_root, os.environ.get("GANKIT_DATA")) if root]
     folders = [folder for root in roots for folder in (root, root / "mnist")]
     for folder in folders:
@@ -132,7 +141,7 @@ def _download() -> list[Path]:
     pooch: Any = importlib.import_module("pooch")
     pooch.get_logger().setLevel("WARNING")  # it would print what it fetches
     cache = pooch.create(
-        path=pooch.os_cache("gankit") / "mnist",
+        path=cache_folder() / "mnist",
         base_url=MIRROR,
         registry={f"{name}.gz": f"sha256:{digest}" for name, digest in FILES.items()},
     )
