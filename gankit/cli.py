@@ -379,7 +379,7 @@ def show(name: str, as_json: bool) -> None:
 @click.option("--license", type=click.Choice(LICENSES), default="MIT", show_default=True, help="whose text is written")
 @click.option("--author", default="", help="for the license and pyproject.toml")
 def new_plugin(name: str, kind: str, to: str | None, license: str, author: str) -> None:
-    """Write a plugin as a project of its own: module, tests with gankit's checks, README, CI, license.
+    """Write a plugin as a project of its own: module, tests, README, CI, license.
 
     It works as it is written; replace its formula by yours, and what says TODO.
     """

@@ -23,13 +23,13 @@ KINDS = {  # kind: what the README states as formula until the author writes the
     "evaluate": "mean_f std_i G(z_i)_f",
 }
 LICENSES = ("MIT", "BSD-3-Clause", "Apache-2.0")
-_CHECKS = "from gankit.testing import plugin_checks"
+_RUN = "from gankit.testing import run"
 _IMPORTS = {  # of the tests
-    "d-term": f"import pytest\nimport torch\n{_CHECKS}",
-    "g-term": f"import numpy as np\nimport pytest\nimport torch\n{_CHECKS}",
-    "view": f"import pytest\nimport torch\n{_CHECKS}",
-    "setup": f"import pytest\nimport torch\n{_CHECKS}\nfrom torch import nn",
-    "evaluate": f"import numpy as np\nimport pytest\nimport torch\n{_CHECKS}",
+    "d-term": f"import pytest\nimport torch\n{_RUN}",
+    "g-term": f"import numpy as np\nimport pytest\nimport torch\n{_RUN}",
+    "view": f"import pytest\nimport torch\n{_RUN}",
+    "setup": f"import pytest\nimport torch\n{_RUN}\nfrom torch import nn",
+    "evaluate": f"import numpy as np\nimport pytest\nimport torch\n{_RUN}",
 }
 
 

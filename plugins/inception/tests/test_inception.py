@@ -321,7 +321,7 @@ def test_the_inception_network_is_torch_fidelitys_own(random_inception: str, tmp
     random = np.random.default_rng(0)
     fake, real = (random.integers(0, 256, (n, 3, 16, 16), dtype=np.uint8) // c for n, c in ((10, 1), (5, 2)))
     extractor = load_extractor("inception-v3-compat", weights=random_inception)
-    metrics = ("inception_score", "kid", "precision", "recall")  # FID's 2048 x 2048 matrices take half a minute
+    metrics = ("inception_score", "kid", "precision", "recall")  # FID of 2048 features would take seven seconds more
     (f, logits), (r, _) = extractor(torch.from_numpy(fake)), extractor(torch.from_numpy(real))
     assert f.shape == (10, 2048) and logits is not None and logits.shape == (10, 1008)
     found = feature_metrics(f, r, logits, metrics=metrics, kid_subsets=3)
