@@ -228,7 +228,7 @@ class Evaluator:
     ) -> None:
         self.run, self.data, self.every, self.steps, self.stats = run, data, every, steps, stats
         self.report = report
-        self.best = [-math.inf]
+        self.best: list[float] = [-math.inf]
         self.last: dict[str, float] = {}
         self.improved = False
 
@@ -296,9 +296,12 @@ def record_provenance(gan: GAN, run: RunDir) -> None:
 
 
 def goodness(found: Mapping[str, float]) -> list[float]:
-    """By what the best checkpoint is chosen: more modes, more of high quality, then less sliced Wasserstein distance."""
+    """By what the best checkpoint is chosen: more modes, more of high quality, then less sliced Wasserstein distance.
+
+    A higher ``resolution``, which a growing generator reports, beats all of these: coarse images score well.
+    """
     found = {metric_of(name): value for name, value in found.items()}
-    return [found.get("modes", 0.0), found.get("high_quality", 0.0), -found["sliced_wasserstein"]]
+    return [*(found.get(name, 0.0) for name in ("resolution", "modes", "high_quality")), -found["sliced_wasserstein"]]
 
 
 def picture(gan: GAN, data: Dataset, path: Any) -> None:

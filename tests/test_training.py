@@ -168,6 +168,8 @@ def test_the_best_has_more_modes_then_more_quality_then_less_distance() -> None:
     ]
     assert sorted(scores[::-1], key=goodness) == scores
     assert goodness({"sliced_wasserstein": 0.1}) > goodness({"sliced_wasserstein": 0.2})
+    grown, coarse = ({"resolution": side, "sliced_wasserstein": w} for side, w in ((32, 0.2), (8, 0.1)))
+    assert goodness(grown) > goodness(coarse)
 
 
 def test_metrics_of_true_data_are_near_perfect_and_repeatable() -> None:
