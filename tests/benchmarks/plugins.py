@@ -16,22 +16,26 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss, softplus
+from torch.nn.functional import avg_pool2d, interpolate, mse_loss, softplus
 
-from gankit import GAN, Latent, networks, train
+from gankit import GAN, Latent, train
 from gankit.plugins import create
 
-OPTIONS = {"unrolled": {"k": 1}, "lecam": {"start": 0}}
+OPTIONS = {"unrolled": {"k": 1}, "lecam": {"start": 0}, "progressive": {"grown_after": 0}}
+FOR_IMAGES = ("progressive", "self_attention", "stacked", "virtual_batch_norm")
+UNCOMPARED = ("diffaugment", "inception")  # their cost is their own operations: there is nothing to compare it with
 Sides = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
 
 def build(name: str | None, kind: str) -> GAN:
     """The GAN of the ring's recipe, or DCGAN on 28 px, with one plugin on."""
     shape, batch, z_dim = ((2,), 128, 2) if kind == "vector" else ((1, 28, 28), 64, 64)
+    if name == "progressive":
+        shape = (1, 32, 32)
     plugins = create([name], {name: OPTIONS[name]} if name in OPTIONS else {})[0] if name else {}
     gan = GAN(
-        generator=lambda shape, z_dim: networks.generator(shape, z_dim),
-        discriminator=lambda shapes: networks.discriminator(shapes),
+        generator=None,
+        discriminator=None,
         shape=shape,
         latent=Latent(z_dim),
         batch_size=batch,
@@ -48,6 +52,7 @@ class Floor:
     """The least that a method adds to a hand-written loop; what is left out is that of a plain GAN."""
 
     show: Callable[[Tensor, Tensor, Tensor, str], Sides] = lambda real, fake, z, phase: ((real,), (fake,))
+    make: Callable[[Tensor], Tensor] | None = None  # in the generator's place
     d: Callable[[Sides, Tensor, Tensor], Tensor] | None = None
     g: Callable[[Tensor, Tensor], Tensor] | None = None
     both_sides: bool = False  # G's loss scores the real side, too
@@ -58,7 +63,7 @@ class Floor:
 
 def by_hand(gan: GAN, floor: Floor) -> Callable[[int], None]:
     """A loop without gankit, on the GAN's networks."""
-    generator, discriminator = gan.generator, gan.discriminator
+    generator, discriminator = floor.make or gan.generator, gan.discriminator
     g_parameters, d_parameters = gan.parameters("g"), gan.parameters("d")
     g_optimizer, d_optimizer = gan.optimizers["g"], gan.optimizers["d"]
 
@@ -203,6 +208,21 @@ def floor_of(name: str, gan: GAN) -> Floor:
         }
         return lambda *inputs: torch.func.functional_call(D, after, inputs)
 
+    small: dict[str, Tensor] = {}
+    small_critic = gan.players["discriminator_small"].module if name == "stacked" else D
+
+    def both_stages(z: Tensor) -> Tensor:
+        small["fake"], full = G.stages(z)
+        return full
+
+    def beside_small(real: Tensor, fake: Tensor, z: Tensor, phase: str) -> Sides:
+        small["real"] = avg_pool2d(real, 2)
+        pairs = ((real, small["real"]), (fake, small["fake"].detach()))
+        return tuple((torch.cat([x, interpolate(s, scale_factor=2.0)], 1),) for x, s in pairs)  # type: ignore[return-value]
+
+    def small_d(*_: object) -> Tensor:
+        return softplus(-small_critic(small["real"])).mean() + softplus(small_critic(small["fake"].detach())).mean()
+
     floors = {
         "gradient_penalty": Floor(d=between),
         "dragan": Floor(d=around),
@@ -224,9 +244,17 @@ def floor_of(name: str, gan: GAN) -> Floor:
             after_d=lambda: remember("d"),
             after_g=lambda: remember("g"),
         ),
+        "stacked": Floor(
+            make=both_stages,
+            show=beside_small,
+            d=small_d,
+            g=lambda z, fake: softplus(-small_critic(small["fake"])).mean(),
+        ),
         "unrolled": Floor(critic=unrolled, both_sides=True),
     }
-    return floors.get(name, Floor())  # spectral_norm, ttur: other networks or rates, no further work
+    return floors.get(
+        name, Floor()
+    )  # other networks or rates, no further work: spectral_norm, ttur, self_attention, ...
 
 
 def compare(name: str, kind: str, rounds: int, steps: int) -> None:
@@ -267,7 +295,7 @@ def main() -> None:
 
     for kind in [options.kind] if options.kind else ["vector", "image"]:
         for name in options.only.split(",") if options.only else available():
-            if name == "diffaugment":  # its cost is its own augmentation: there is nothing to compare it with
+            if name in UNCOMPARED or (kind == "vector" and name in FOR_IMAGES):
                 continue
             compare(name, kind, options.rounds, 20 if kind == "vector" else 3)
 

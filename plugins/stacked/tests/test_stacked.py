@@ -545,6 +545,16 @@ def test_stages_and_critic_of_ones_own(file: Path) -> None:
     tiny_gan("image", stacked(stage1=f"{file}:by_latent"))
 
 
+@pytest.mark.parametrize("joint", [False, True])
+def test_stage_1_and_its_critic_do_not_know_which_stage_2_follows(file: Path, joint: bool) -> None:
+    """Unless the stages are joint: bit for bit, over steps of both optimisers."""
+    one, other = (run(stacked(joint=joint, **kw), kind="image")[0] for kw in ({}, {"stage2": f"{file}:Second"}))
+    for net in ("generator", "discriminator_small"):
+        ours, theirs = one.weights()[net], other.weights()[net]
+        keys = [key for key in ours if not key.startswith("stage2")]
+        assert len(keys) > 3 and all(torch.equal(ours[key], theirs[key]) for key in keys) != joint
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
