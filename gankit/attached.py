@@ -27,6 +27,7 @@ from gankit.gan import GAN, Latent, derive_seed
 from gankit.hookspecs import hookimpl
 from gankit.loop import Critic, Terms, total
 from gankit.plugins import create, snake_case
+from gankit.structure import modes_kept
 
 Side = Tensor | Sequence[Tensor]
 PluginSpec = str | tuple[str, Mapping[str, Any]] | object
@@ -174,17 +175,6 @@ def trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             p.requires_grad_(False)
 
 
-@contextmanager
-def modes_kept(networks: Iterable[nn.Module]) -> Iterator[None]:
-    """After the block, every module inside the networks is in training or not as it was before."""
-    modes = [(m, m.training) for network in networks for m in network.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 # -- the GAN that the plugins see ----------------------------------------------------------------------------------
 
 
@@ -256,7 +246,7 @@ class OwnGAN(GAN):
     def build(self) -> GAN:
         """As for any GAN; then see what set-up changed, and give each rank random numbers of its own."""
         before, optim = self._structure(), dict(self.optim)
-        with modes_kept(self.own):
+        with modes_kept(*self.own):
             super().build()
         self.rebuilt = before != self._structure()
         if self.optim != optim:
@@ -293,16 +283,12 @@ class OwnGAN(GAN):
     @torch.no_grad()
     def first_view(self) -> View:
         """A view of zeros like the first batch, in evaluation mode; the generator is not called."""
-        streams = {name: rng.get_state() for name, rng in self.rngs.items()}
         modules = [player.module for player in self.players.values()]
-        with modes_kept(modules):
+        with self.streams_kept(), modes_kept(*modules):
             for module in modules:
                 module.eval()
             batch = self.hook.sample(gan=self, real=self.example.real, z=self.example.z, phase="d", step=0)
             view: View = self.hook.view(gan=self, batch=batch, phase="d", step=0)
-        self.rngs = {name: self.rngs[name] for name in streams}
-        for name, state in streams.items():
-            self.rngs[name].set_state(state)
         return view
 
     def make_optimizers(self) -> None:

@@ -82,6 +82,13 @@ def call_with_accepted(factory: Callable[..., Any], **known: Any) -> Any:
     return factory(**known)
 
 
+def need_module(name: str, factory: object, made: Any) -> nn.Module:
+    """What a factory made, if it is a module; else UsageError. name: of the network. factory: as it was given."""
+    if not isinstance(made, nn.Module):
+        raise UsageError(f"the {name} factory {factory!r} returned a {type(made).__name__}, not a torch Module")
+    return made
+
+
 Network = nn.Module | Callable[..., nn.Module]
 
 
@@ -142,6 +149,15 @@ class GAN:
         if name not in self.rngs:
             self.rngs[name] = torch.Generator(self.device).manual_seed(derive_seed(self.seed, name))
         return self.rngs[name]
+
+    @contextmanager
+    def streams_kept(self) -> Iterator[None]:
+        """After the block, all random streams are where they were, and those that began in it have not."""
+        before = {name: rng.get_state() for name, rng in self.rngs.items()}
+        yield
+        self.rngs = {name: self.rngs[name] for name in before}
+        for name, state in before.items():
+            self.rngs[name].set_state(state)
 
     def rng(self, plugin: object) -> torch.Generator:
         """The random stream of a registered plugin: its draws shift neither the data nor any other plugin's."""
@@ -221,11 +237,10 @@ class GAN:
             raise UsageError("the discriminator must return one logit per sample it is shown, shape (B,) or (B, ...)")
 
     def _make(self, name: str, network: Network, **known: Any) -> nn.Module:
+        if isinstance(network, nn.Module):
+            return network
         with seeded(self.seed, name):
-            module = network if isinstance(network, nn.Module) else call_with_accepted(network, **known)
-        if not isinstance(module, nn.Module):
-            raise UsageError(f"the {name} factory {network!r} returned a {type(module).__name__}, not a torch Module")
-        return module
+            return need_module(name, network, call_with_accepted(network, **known))
 
     def _add(self, name: str, module: nn.Module, phase: str) -> None:
         module = module.to(self.device)
@@ -235,22 +250,19 @@ class GAN:
     @torch.no_grad()
     def first_view(self) -> View:
         """A view of zeros in evaluation mode: shapes without moving any state, random streams included."""
-        before = {name: rng.get_state() for name, rng in self.rngs.items()}
-        for player in self.players.values():
-            player.module.eval()
-        real = torch.zeros(self.batch_size, *self.shape, device=self.device)
-        z = torch.zeros(self.batch_size, self.latent.dim, device=self.device)
-        batch = self.hook.sample(gan=self, real=real, z=z, phase="d", step=0)
-        if batch.fake.shape != real.shape:
-            raise UsageError(
-                f"the generator makes samples of shape {tuple(batch.fake.shape[1:])}, the data has {self.shape}"
-            )
-        view: View = self.hook.view(gan=self, batch=batch, phase="d", step=0)
-        for player in self.players.values():
-            player.module.train()
-        self.rngs = {name: self.rngs[name] for name in before}
-        for name, state in before.items():
-            self.rngs[name].set_state(state)
+        with self.streams_kept():
+            for player in self.players.values():
+                player.module.eval()
+            real = torch.zeros(self.batch_size, *self.shape, device=self.device)
+            z = torch.zeros(self.batch_size, self.latent.dim, device=self.device)
+            batch = self.hook.sample(gan=self, real=real, z=z, phase="d", step=0)
+            if batch.fake.shape != real.shape:
+                raise UsageError(
+                    f"the generator makes samples of shape {tuple(batch.fake.shape[1:])}, the data has {self.shape}"
+                )
+            view: View = self.hook.view(gan=self, batch=batch, phase="d", step=0)
+            for player in self.players.values():
+                player.module.train()
         return view
 
     def parameters(self, phase: str) -> list[nn.Parameter]:

@@ -43,14 +43,12 @@ def make_encoder(gan: GAN, factory: str | None, *, name: str = "encoder", stocha
         # z as one's own generator takes it, DCGAN's (dim, 1, 1) for one; mean and log-variance stay flat
         shape = None if stochastic or gan.latent.shape == (z_dim,) else gan.latent.shape
         return nn.Sequential(shipped, nn.Unflatten(1, shape)) if shape else shipped
-    from gankit.gan import call_with_accepted
+    from gankit.gan import call_with_accepted, need_module
     from gankit.plugins import load_object
 
     function, _ = load_object(factory)
-    module = call_with_accepted(function, shape=gan.shape, z_dim=z_dim, latent=latent)
-    if not isinstance(module, nn.Module):
-        raise UsageError(f"the {name} factory {factory!r} returned a {type(module).__name__}, not a torch Module")
-    return module
+    made = call_with_accepted(function, shape=gan.shape, z_dim=z_dim, latent=latent)
+    return need_module(name, factory, made)
 
 
 def encode(encoder: nn.Module, x: Tensor, z: Tensor, *, name: str = "encoder") -> Tensor:

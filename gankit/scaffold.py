@@ -23,6 +23,14 @@ KINDS = {  # kind: what the README states as formula until the author writes the
     "evaluate": "mean_f std_i G(z_i)_f",
 }
 LICENSES = ("MIT", "BSD-3-Clause", "Apache-2.0")
+_ATTACH = 'import gankit\n\nattached = gankit.attach(G, D, ["$name"])\n'
+_USAGE = {  # in one's own loop, for the README
+    "d-term": _ATTACH + "d_loss = d_loss + attached.d_terms(real, fake, z)",
+    "g-term": _ATTACH + "g_loss = g_loss + attached.g_terms(real, fake, z)",
+    "view": _ATTACH + "d_loss = attached.d_loss(real, fake, z)  # the whole loss, on what D is shown",
+    "setup": _ATTACH + "attached.setup(real, fake, z)  # once, on samples like those to come",
+    "evaluate": "from $module import $name\n\nprint($name(fake))",
+}
 _RUN = "from gankit.testing import run"
 _IMPORTS = {  # of the tests
     "d-term": f"import pytest\nimport torch\n{_RUN}",
@@ -56,6 +64,7 @@ def render(name: str, kind: str, *, license: str = "MIT", author: str = "") -> d
         "names": f"{cls}, {name}_penalty" if kind == "d-term" else f"{cls}, {name}",
         "minor": f"{major}.{minor}", "next": f"{major}.{minor + 1}",
     }  # fmt: skip
+    known["usage"] = Template(_USAGE[kind]).substitute(known)
     known["test_body"] = Template(_template(f"{kind}.test")).substitute(known).rstrip()
     homes = {
         "pyproject.toml": "pyproject.toml", "README.md": "README.md", f"gankit_{name}.py": f"{kind}.py",

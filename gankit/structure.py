@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -54,6 +55,17 @@ def replace(root: nn.Module, name: str, make: Callable[[nn.Module], nn.Module]) 
     return new
 
 
+@contextmanager
+def modes_kept(*networks: nn.Module) -> Iterator[None]:
+    """After the block, every module inside the networks is in training or not as it was before."""
+    modes = [(m, m.training) for network in networks for m in network.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def calls(root: nn.Module, *inputs: Tensor) -> list[tuple[str, Any]]:
     """What each call of a module inside ``root`` returned, with its name, in the order in which they finish; root ("") last.
 
@@ -72,18 +84,15 @@ def calls(root: nn.Module, *inputs: Tensor) -> list[tuple[str, Any]]:
 
         return note
 
-    modes = [(m, m.training) for m in root.modules()]
     named = [(name, m) for name, m in root.named_modules() if "parametrizations" not in name.split(".")]
     handles = [m.register_forward_hook(hook(name)) for name, m in named]
     handles.append(root.register_forward_pre_hook(lambda module, args: running.append(module), prepend=True))
-    root.eval()
     try:
-        root(*inputs)
+        with modes_kept(root):
+            root.eval()(*inputs)
     finally:
         for handle in handles:
             handle.remove()
-        for m, training in modes:
-            m.training = training
     return found
 
 

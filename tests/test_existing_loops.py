@@ -6,7 +6,6 @@ python tests/test_existing_loops.py        # writes the diffs into docs/existing
 from __future__ import annotations
 
 import difflib
-import importlib
 import importlib.util
 import logging
 import math
@@ -14,12 +13,12 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from gankit_inception import fidelity
 
 import gankit
 
@@ -36,7 +35,6 @@ PAIRS = {  # with gankit: without
 NEEDS = {"lightning": "lightning", "fabric": "lightning", "accelerate": "accelerate"}  # dev extras
 MOST = 5
 STEPS = 3
-DECLARED: list[torch.library.Library] = []
 
 
 def difference(after: str, context: int = 0) -> list[str]:
@@ -46,30 +44,12 @@ def difference(after: str, context: int = 0) -> list[str]:
     return [line for line in lines if not line.startswith(("---", "+++", "@@"))]
 
 
-@cache
-def make_torchvision_importable() -> None:
-    """Lightning imports torchvision where it is installed, which fails where it was built for another torch.
-
-    It calls none of torchvision's operators, so the missing ones are declared.
-    """
-    while importlib.util.find_spec("torchvision"):
-        try:
-            importlib.import_module("torchvision")
-            return
-        except RuntimeError as error:
-            missed = re.search(r"operator torchvision::(\w+) does not exist", str(error))
-            if missed is None:
-                return
-            DECLARED.append(torch.library.Library("torchvision", "FRAGMENT"))
-            DECLARED[-1].define(f"{missed[1]}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
-
-
 def train(name: str) -> Callable[..., list[float]]:
     """The function ``train`` of an example, freshly loaded."""
     package = NEEDS.get(name.split("_")[0])
     if package and importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed; it is in requirements-dev.txt")
-    make_torchvision_importable()
+    fidelity()  # makes a torchvision importable that was built for another torch: Lightning imports it, too
     spec = importlib.util.spec_from_file_location(f"existing_loops_{name}", FOLDER / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,5 +1,6 @@
 """`gankit new-plugin`: every kind is a project that installs, passes its own tests, builds a wheel, and is found."""
 
+import re
 import subprocess
 import sysconfig
 import venv
@@ -11,6 +12,16 @@ from click.testing import CliRunner
 from gankit import UsageError
 from gankit.cli import main
 from gankit.scaffold import KINDS, LICENSES, render, write
+
+SETTING = """
+import torch
+from torch import nn
+
+G, D = nn.Linear(4, 2), nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1))
+real, z = torch.randn(6, 2), torch.randn(6, 4)
+fake = G(z)
+d_loss, g_loss = D(fake.detach()).mean() - D(real).mean(), -D(fake).mean()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +53,9 @@ def test_a_rendered_project_is_publishable(kind: str, python: Path, tmp_path: Pa
     assert " passed" in call(python, "pytest", "-q", cwd=project)
     call(python, "ruff", "check", "--isolated", "--select", "E,F,I,UP,B", "--line-length", "120", ".", cwd=project)
     call(python, "ruff", "format", "--isolated", "--line-length", "120", "--check", ".", cwd=project)
+    (example,) = re.findall(r"^```python\n(.*?)^```", (project / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    (project / "example.py").write_text(SETTING + example)
+    call(python, "example", cwd=project)
     assert name in call(python, "gankit", "plugins", cwd=tmp_path)
     assert "finished" in call(
         python, "gankit", "run", "--plugin", name, "--steps", "3", "--eval-samples", "50", cwd=tmp_path

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gankit import UsageError, View, hookimpl
+from gankit.structure import calls
 
 if TYPE_CHECKING:
     from gankit import GAN
@@ -74,22 +75,9 @@ def last_layer(critic: nn.Module, inputs: Sequence[Tensor]) -> str | None:
 
     The critic runs once, in evaluation mode and without gradients. None if it has no such layer.
     """
-    called: list[str] = []
     kinds = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
-    layers = [(name, module) for name, module in critic.named_modules() if isinstance(module, kinds)]
-
-    def listen(name: str) -> Callable[..., None]:
-        return lambda *_: called.append(name)
-
-    handles = [module.register_forward_pre_hook(listen(name)) for name, module in layers]
-    training = critic.training
-    try:
-        with torch.no_grad():
-            critic.eval()(*inputs)
-    finally:
-        critic.train(training)
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad():
+        called = [name for name, _ in calls(critic, *inputs) if isinstance(critic.get_submodule(name), kinds)]
     return called[-1] if called else None
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from gankit import UsageError, View, hookimpl
 from gankit.checks import reparametrized
 from gankit.functional import extra_pass
-from gankit.structure import listing, named, of_type, replace
+from gankit.structure import listing, modes_kept, named, of_type, replace
 
 if TYPE_CHECKING:
     from gankit import GAN
@@ -324,16 +324,13 @@ def _inputs_of(root: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, list[Te
     def listen(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         return lambda module, arguments: found.update({name: [*found.pop(name, []), arguments[0]]})
 
-    modes = [(m, m.training) for m in root.modules()]
     handles = [m.register_forward_pre_hook(listen(name)) for name, m in of_type(root, *LAYERS).items()]
-    root.eval()
     try:
-        root(*inputs)
+        with modes_kept(root):
+            root.eval()(*inputs)
     finally:
         for handle in handles:
             handle.remove()
-        for m, training in modes:
-            m.training = training
     return found
 
 

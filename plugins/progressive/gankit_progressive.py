@@ -145,9 +145,10 @@ def minibatch_stddev(x: Tensor, group: int = 0, eps: float = 1e-8) -> Tensor:
     Section 3 of arXiv:1710.10196: s = mean_j sqrt(var_i x_ij + eps), the variance over the samples i (divided by their
     number) of each feature j of each position, and every position of every sample gets s.
 
-    x: (B, C, \\*rest). group: that many neighbouring samples share an s of their own, as in the authors' code (4); 0, as in
-    the paper: the whole batch is one group. A batch smaller than a group is one group. Returns (B, C + 1, \\*rest), where
-    every sample has a graph to every other of its group. UsageError if the groups do not fill the batch.
+    x: (B, C, \\*rest). group: that many neighbouring samples share an s of their own (the authors' code: 4, and every M-th
+    of a batch of 4 M, which is the same for samples in random order); 0, as in the paper: the whole batch is one group. A
+    batch smaller than a group is one group. Returns (B, C + 1, \\*rest), where every sample has a graph to every other of
+    its group. UsageError if the groups do not fill the batch.
     """
     n = len(x)
     size = min(group, n) or n

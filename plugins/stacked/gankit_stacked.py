@@ -14,7 +14,7 @@ from torch.nn.functional import avg_pool2d, interpolate
 from gankit import Batch, Player, UsageError, View, hookimpl, losses, networks
 from gankit.checks import spectral_norms
 from gankit.functional import extra_pass
-from gankit.gan import call_with_accepted
+from gankit.gan import call_with_accepted, need_module
 from gankit.plugins import load_object
 
 if TYPE_CHECKING:
@@ -151,12 +151,10 @@ class Refiner(nn.Module):
 def _network(name: str, own: str | None, shipped: Callable[..., nn.Module], **known: Any) -> nn.Module:
     """The user's network, ``module:factory``, or the shipped one; either asks by name for any of ``known``."""
     try:
-        module = call_with_accepted(load_object(own)[0] if own else shipped, **known)
+        made = call_with_accepted(load_object(own)[0] if own else shipped, **known)
     except UsageError as error:
         raise UsageError(f"the {name} of stacked, {known['shape']}: {error}") from error
-    if not isinstance(module, nn.Module):
-        raise UsageError(f"the {name} factory {own!r} returned a {type(module).__name__}, not a torch Module")
-    return module
+    return need_module(name, own, made)
 
 
 @dataclass(eq=False)
