@@ -1,12 +1,12 @@
 # Two commands for a fresh machine with Python 3.11, make and a package index:
 #   make run    train the ring with the pair-wise gradient penalty; ends with a picture and a table
-#   make test   style, types and the whole test suite
+#   make test   style, types, the documentation in site/ and the whole test suite
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 MANIFESTS := requirements-dev.txt pyproject.toml $(wildcard plugins/*/pyproject.toml)
 
-.PHONY: run test check format bench clean
+.PHONY: run test test-browser check docs format bench clean
 .DEFAULT_GOAL := test
 
 $(VENV)/installed: $(MANIFESTS)
@@ -21,9 +21,21 @@ check: $(VENV)/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(MAKE) --no-print-directory docs
+
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 test: check
 	$(BIN)/python -m pytest
+
+# what the report's page does in Debian's Chromium, driven by selenium
+test-browser: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "selenium>=4.20"
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
+	  [ "$$(id -u)" = 0 ] || { echo "as root: apt-get install -y chromium chromium-driver; then again: make test-browser"; exit 1; }; \
+	  apt-get update -qq && apt-get install -y -qq chromium chromium-driver; }
+	GANKIT_BROWSER=1 $(BIN)/python -m pytest tests/browser
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix
@@ -33,4 +45,4 @@ bench: $(VENV)/installed
 	$(BIN)/python tests/benchmarks/loop.py
 
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,7 +2,7 @@
 
 A plugin is any object whose methods carry :data:`hookimpl`. Each method asks for the arguments it needs, by name,
 out of those listed here; pluggy passes only these. Hooks receive values and return values: nothing is changed by
-reaching into the loop. ``docs/hooks.md`` holds one heading per hook with the same signature.
+reaching into the loop. ``docs/plugins/hooks/`` holds one page per hook, with the same signature.
 
 Words used below: *phase* is ``"d"`` (the discriminator's update) or ``"g"`` (the generator's); *step* counts from 1 and
 all D updates of one step share its number; *term* is a named 0-dim tensor added to a player's loss.

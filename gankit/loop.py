@@ -1,6 +1,6 @@
 """The training loop: one update for both players, no method by name.
 
-Read it beside ``docs/hooks.md``: everything a regularizer can change is a ``gan.hook`` call below.
+Read it beside ``docs/plugins/hooks/``: everything a regularizer can change is a ``gan.hook`` call below.
 """
 
 from __future__ import annotations

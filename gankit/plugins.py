@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import re
 import sys
+import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from functools import wraps
@@ -185,6 +186,16 @@ class Manager(pluggy.PluginManager):
         self.add_hookspecs(hookspecs)
         self.meter = Meter()
         self.owners: dict[tuple[str, str], str] = {(hook, "adv"): "core" for hook in ("pre_d_loss", "post_g_loss")}
+
+    def register(self, plugin: object, name: str | None = None) -> str | None:
+        """As in pluggy; what it warns of, deprecated hooks and arguments, is said with the plugin's name."""
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            registered = super().register(plugin, name)
+        for warning in said:
+            text = f"plugin {registered!r}: {warning.message}"
+            warnings.warn_explicit(text, warning.category, warning.filename, warning.lineno)
+        return registered
 
 
 def manager(plugins: Mapping[str, object], core: Mapping[str, object]) -> Manager:

@@ -17,15 +17,22 @@ from gankit.loop import d_terms, total, update
 from gankit.plugins import ContractError
 from gankit.testing import run, tiny_gan
 
-DOCS = Path(__file__).parents[1] / "docs" / "hooks.md"
+DOCS = Path(__file__).parents[1] / "docs" / "plugins" / "hooks"
 
 
-def test_every_hook_has_a_spec_with_a_docstring_a_heading_in_the_docs_and_a_test() -> None:
+def test_every_hook_has_a_spec_with_a_docstring_a_page_and_a_test() -> None:
     specs = [name for name, value in vars(hookspecs).items() if hasattr(value, "gankit_spec")]
-    headings = re.findall(r"^## `(.+)`$", DOCS.read_text(), re.MULTILINE)
     assert tuple(specs) == hookspecs.NAMES
-    assert headings == [f"{name}{inspect.signature(getattr(hookspecs, name))}".replace("'", "") for name in specs]
+    assert sorted(path.stem for path in DOCS.glob("*.md")) == sorted(["index", *specs])
+    assert re.findall(r"^\| \[`(\w+)`\]\(\1\.md\) \|", (DOCS / "index.md").read_text(), re.MULTILINE) == specs
     for name in specs:
+        page = (DOCS / f"{name}.md").read_text()
+        signature = f"{name}{inspect.signature(getattr(hookspecs, name))}".replace("'", "")
+        headings = re.findall(r"^#+ .+$", page, re.MULTILINE)
+        assert headings == [f"# `{name}`", f"## `{signature}`", "## Example", "## Mistakes"]
+        example, mistakes = page.split("## Example")[1].split("## Mistakes")
+        assert f"def {name}(" in example
+        assert "Error: " in mistakes
         assert len(inspect.getdoc(getattr(hookspecs, name)) or "") > 100
         assert f"test_{name}" in globals()
 
@@ -426,6 +433,62 @@ def test_plugins_act_in_their_order_and_before_the_core() -> None:
     order.clear()
     update(gan, "d", 1)
     assert order == ["a-in", "b-in", "c-in", "c-out", "b-out", "a-out", "a", "b", "c"]
+
+
+def deprecate(monkeypatch: pytest.MonkeyPatch, hook: str, **marks: Any) -> None:
+    """Mark a hook of gankit's, or an argument of it, as its next release would."""
+    spec = getattr(hookspecs, hook)
+    monkeypatch.setattr(spec, "gankit_spec", {**spec.gankit_spec, **marks})
+
+
+class Level:
+    """A term of the fake logits and one of the real ones, in two hooks."""
+
+    @hookimpl
+    def pre_d_loss(self, fake_logits: Tensor) -> dict[str, Tensor]:
+        return {"level": fake_logits.square().mean()}
+
+    @hookimpl
+    def post_g_loss(self, fake_logits: Tensor) -> dict[str, Tensor]:
+        return {"level": fake_logits.square().mean()}
+
+
+def test_a_deprecated_argument_warns_whoever_asks_for_it_by_name_and_still_works(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, before = run({"level": Level(), "constant": ConstantTerm()}, steps=2)
+    renamed = FutureWarning("hook post_g_loss: ask for 'fake_scores'; 'fake_logits' goes with gankit 0.4")
+    deprecate(monkeypatch, "post_g_loss", warn_on_impl_args={"fake_logits": renamed})
+    with pytest.warns(FutureWarning) as warned:
+        _, after = run({"level": Level(), "constant": ConstantTerm()}, steps=2)
+    (warning,) = warned
+    assert str(warning.message) == f"plugin 'level': {renamed}"
+    assert warning.filename == __file__  # and the line of the method
+    assert before.updates == after.updates
+
+
+def test_a_deprecated_hook_warns_whoever_implements_it_and_still_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, before = run({"level": Level()}, steps=2)
+    deprecate(
+        monkeypatch, "pre_d_loss", warn_on_impl=FutureWarning("hook pre_d_loss goes with gankit 0.4: use d_terms")
+    )
+    with pytest.warns(FutureWarning) as warned:
+        _, after = run({"level": Level()}, steps=2)
+    assert [str(w.message) for w in warned] == ["plugin 'level': hook pre_d_loss goes with gankit 0.4: use d_terms"]
+    assert before.updates == after.updates
+
+
+def test_the_command_line_tells_of_a_deprecation_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from click.testing import CliRunner
+
+    from gankit.cli import main
+
+    deprecate(
+        monkeypatch, "critic", warn_on_impl_args={"d_objective": FutureWarning("hook critic: no more d_objective")}
+    )
+    result = CliRunner().invoke(main, ["explain", "--plugin", "unrolled"])
+    assert result.exit_code == 0
+    assert "warning: plugin 'unrolled': hook critic: no more d_objective\n" in result.output
 
 
 def test_public_names_resolve() -> None:

@@ -50,6 +50,7 @@ BASELINE = {"unrolled": "none_slow"}  # the others are compared with "none", tho
 
 # Their READMEs hold rows on images.
 FOR_IMAGES = ("diffaugment", "inception", "progressive", "self_attention", "stacked", "virtual_batch_norm")
+NO_REGULARIZER = ("tensorboard",)
 
 
 def command(name: str, data: str, seed: int, out: str) -> list[str]:
@@ -108,7 +109,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     in_tree = sorted(path.parent.name for path in (ROOT / "plugins").glob("*/pyproject.toml"))
-    in_tree = [name for name in in_tree if name not in FOR_IMAGES]
+    in_tree = [name for name in in_tree if name not in FOR_IMAGES + NO_REGULARIZER]
     names = options.only.split(",") if options.only else ["none", *in_tree, "r1+r2"]
     rows: list[dict[str, object]] = json.loads(STORE.read_text()) if STORE.exists() else []
     rows = [row for row in rows if row["flags"] == FLAGS.get(str(row["plugin"]))]  # others were measured otherwise
