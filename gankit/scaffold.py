@@ -31,7 +31,7 @@ _USAGE = {  # in one's own loop, for the README
     "setup": _ATTACH + "attached.setup(real, fake, z)  # once, on samples like those to come",
     "evaluate": "from $module import $name\n\nprint($name(fake))",
 }
-_RUN = "from gankit.testing import run"
+_RUN = "from gankit.testing import plugin_checks"
 _IMPORTS = {  # of the tests
     "d-term": f"import pytest\nimport torch\n{_RUN}",
     "g-term": f"import numpy as np\nimport pytest\nimport torch\n{_RUN}",

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from gankit import losses
 from gankit.gan import GAN, Latent, derive_seed
 from gankit.hookspecs import hookimpl
 from gankit.loop import train
+
+if TYPE_CHECKING:
+    from gankit.conformance import Check
 
 SHAPES = {"vector": (3,), "image": (1, 28, 28)}
 
@@ -100,3 +103,17 @@ def _drawn(digit: str, random: np.random.Generator) -> np.ndarray[Any, np.dtype[
     noisy = np.asarray(image) + random.normal(0, 20, (28, 28))
     pixels: np.ndarray[Any, np.dtype[np.uint8]] = noisy.clip(0, 255).astype(np.uint8)
     return pixels
+
+
+def plugin_checks(target: str | type, **options: Any) -> list[Check]:
+    """The checks of ``gankit check`` as pytest parameters, each named and called without arguments.
+
+    target: an installed name, ``file.py:Class`` or the class itself. options: of the plugin, in all checks.
+
+        @pytest.mark.parametrize("check", plugin_checks(R1), ids=str)
+        def test_conformance(check):
+            check()
+    """
+    from gankit.conformance import checks_of
+
+    return checks_of(target, options)

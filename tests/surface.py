@@ -15,7 +15,7 @@ import gankit
 from gankit import hookspecs
 
 FILE = Path(__file__).with_suffix(".txt")
-MODULES = ("checks", "functional", "joint", "losses", "networks", "structure", "testing")
+MODULES = ("checks", "claims", "functional", "joint", "losses", "networks", "structure", "testing")
 
 
 def signature(value: Any) -> str:

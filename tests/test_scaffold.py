@@ -57,6 +57,7 @@ def test_a_rendered_project_is_publishable(kind: str, python: Path, tmp_path: Pa
     (project / "example.py").write_text(SETTING + example)
     call(python, "example", cwd=project)
     assert name in call(python, "gankit", "plugins", cwd=tmp_path)
+    assert " 0 failed" in call(python, "gankit", "check", name, cwd=tmp_path)
     assert "finished" in call(
         python, "gankit", "run", "--plugin", name, "--steps", "3", "--eval-samples", "50", cwd=tmp_path
     )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gankit import UsageError, View, hookimpl
+from gankit.claims import Claims
 
 if TYPE_CHECKING:
     from gankit import GAN
@@ -94,6 +95,7 @@ class Consistency:
         "Zhang et al. 2020, Consistency Regularization for GANs, arXiv:1910.12027; "
         "Zhao et al. 2021, Improved Consistency Regularization for GANs, arXiv:2002.04724"
     )
+    claims: ClassVar[Claims] = Claims(per_sample=True, non_negative=True, forwards=1, double_backwards=0)
 
     weight: Annotated[float, "lambda of CR, lambda_real of bCR"] = 10.0
     fake_weight: Annotated[float, "lambda_fake of bCR, which uses 10; 0 is CR"] = 0.0

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gankit import View, hookimpl
 from gankit.checks import need_per_sample_critic
+from gankit.claims import Claims
 from gankit.functional import input_gradients, mixing_weights, norm_per_sample
 
 if TYPE_CHECKING:
@@ -98,6 +99,15 @@ class DRAGAN:
 
     formula: ClassVar[str] = "weight * mean_i (||grad D(x_i + delta_i)||_2 - center)^2,  delta ~ N(0, c I)"
     paper: ClassVar[str] = "Kodali et al. 2017, On Convergence and Stability of GANs (DRAGAN), arXiv:1705.07215"
+    claims: ClassVar[Claims] = Claims(
+        gradient_norm=lambda self, norm: self.weight * (norm - self.center) ** 2,
+        at="near_real",
+        per_sample=True,
+        non_negative=True,
+        stateless=True,
+        forwards=1,
+        double_backwards=1,
+    )
 
     weight: Annotated[float, "the paper's lambda"] = 10.0
     center: Annotated[float, "norm asked for, the paper's k"] = 1.0

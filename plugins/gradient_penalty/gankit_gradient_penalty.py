@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gankit import View, hookimpl
 from gankit.checks import need_per_sample_critic
+from gankit.claims import Claims
 from gankit.functional import input_gradients, interpolate, norm_per_sample
 
 if TYPE_CHECKING:
@@ -58,6 +59,15 @@ class GradientPenalty:
 
     formula: ClassVar[str] = "weight * mean_i (||grad D(x~_i)||_2 - center)^2,  x~ = u x + (1 - u) G(z)"
     paper: ClassVar[str] = "Gulrajani et al. 2017, Improved Training of Wasserstein GANs, arXiv:1704.00028, eq. 3"
+    claims: ClassVar[Claims] = Claims(
+        gradient_norm=lambda self, norm: self.weight * (norm - self.center) ** 2,
+        at="between",
+        per_sample=True,
+        non_negative=True,
+        stateless=True,
+        forwards=1,
+        double_backwards=1,
+    )
 
     weight: Annotated[float, "lambda of eq. 3"] = 10.0
     center: Annotated[float, "norm asked for: 1 WGAN-GP, 0 zero-centred"] = 1.0

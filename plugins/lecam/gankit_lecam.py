@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gankit import hookimpl
+from gankit.claims import Claims
 
 
 def lecam_penalty(
@@ -48,6 +49,16 @@ class LeCam:
     )
     paper: ClassVar[str] = (
         "Tseng et al. 2021, Regularizing Generative Adversarial Networks under Limited Data, arXiv:2104.03310"
+    )
+    claims: ClassVar[Claims] = Claims(
+        logits=lambda self, real, fake: (
+            self.weight * ((real - self.averages[1]).square().mean() + (fake - self.averages[0]).square().mean())
+        ),
+        per_sample=True,
+        non_negative=True,
+        deterministic=True,
+        forwards=0,
+        double_backwards=0,
     )
 
     weight: Annotated[float, "the paper's lambda; its code uses 0.3 for CIFAR-10"] = 0.3

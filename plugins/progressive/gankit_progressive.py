@@ -16,6 +16,7 @@ from torch.nn.functional import avg_pool2d
 from torch.nn.utils import parametrize
 
 from gankit import Batch, Player, UsageError, hookimpl
+from gankit.claims import Claims
 
 if TYPE_CHECKING:
     from gankit import GAN
@@ -371,6 +372,7 @@ class Progressive:
     paper: ClassVar[str] = (
         "Karras et al. 2018, Progressive Growing of GANs, arXiv:1710.10196, sections 2 to 4, appendix A.1"
     )
+    claims: ClassVar[Claims] = Claims(waives={"no_waiting": "how far the networks have grown is kept in their checkpoint"})
 
     grown_after: Annotated[
         int,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gankit import View, hookimpl
 from gankit.checks import need_per_sample_critic
+from gankit.claims import Claims
 from gankit.functional import squared_gradient_norm
 
 if TYPE_CHECKING:
@@ -41,6 +42,16 @@ class R2:
     formula: ClassVar[str] = "weight/2 * mean_i ||grad D(G(z_i))||_2^2"
     paper: ClassVar[str] = (
         "Mescheder et al. 2018, Which Training Methods for GANs do actually Converge?, arXiv:1801.04406, eq. 10"
+    )
+    claims: ClassVar[Claims] = Claims(
+        gradient_norm=lambda self, norm: self.weight / 2 * norm**2,
+        at="fake",
+        per_sample=True,
+        non_negative=True,
+        deterministic=True,
+        stateless=True,
+        forwards=0,
+        double_backwards=1,
     )
 
     weight: Annotated[float, "the paper's gamma: half of it multiplies the mean square"] = 10.0

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gankit import UsageError, hookimpl
+from gankit.claims import Claims
 
 if TYPE_CHECKING:
     from gankit import GAN
@@ -170,6 +171,9 @@ class Unrolled:
         "G: loss under theta^k,  theta^0 = theta_D,  theta^{i+1} = theta^i - Adam(grad d_loss(theta^i))"
     )
     paper: ClassVar[str] = "Metz et al. 2017, Unrolled Generative Adversarial Networks, arXiv:1611.02163, section 2"
+    claims: ClassVar[Claims] = Claims(
+        waives={"no_waiting": "the number of D's updates, which Adam's rate depends on, is read from its state"}
+    )
 
     k: Annotated[int, "steps of the discriminator that G looks ahead; 0 is no unrolling"] = 5
     optimizer: Annotated[Literal["adam", "sgd"], "adam: as D's own goes on; sgd: plain gradient steps"] = "adam"

@@ -1,0 +1,326 @@
+"""Promises kept: closed forms on critics whose slopes are known, costs, means over samples, no memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gankit.conformance.bench import (
+    KINDS,
+    TERM_HOOKS,
+    WARM,
+    Bench,
+    Scene,
+    Skipped,
+    close,
+    default_dtype,
+    expect,
+    global_random,
+    quiet,
+)
+from gankit.conformance.state import walk
+from gankit.contract import Batch, View, watched
+from gankit.gan import GAN
+from gankit.loop import train
+
+STEP = 720720  # a multiple of all numbers up to 16, so that lazy penalties act
+NORMS = (0.0, 0.3, 1.0, 1.7, 2.0, 3.0, 0.5, 4.0)
+
+
+class Slopes:
+    """D(x_i) = w_i . x_i: the gradient of the i-th logit is w_i, wherever it is taken."""
+
+    def __init__(self, w: Tensor) -> None:
+        self.w = w.requires_grad_()
+
+    def __call__(self, x: Tensor, *others: Tensor) -> Tensor:
+        """(B,)."""
+        w = self.w[torch.arange(len(x)) % len(self.w)]
+        return (w * x).flatten(1).sum(1)
+
+
+class Bowl:
+    """D(x) = a/2 ||x||^2 with a = 1: the gradient is x itself."""
+
+    def __init__(self) -> None:
+        self.a = torch.ones((), requires_grad=True)
+
+    def __call__(self, x: Tensor, *others: Tensor) -> Tensor:
+        """(B,)."""
+        return self.a * x.flatten(1).square().sum(1) / 2
+
+
+class Toy:
+    """The plugin's D terms on critics that are functions, not networks, in float64."""
+
+    def __init__(self, bench: Bench, kind: str) -> None:
+        with quiet(), global_random(0):
+            self.plugin = bench.plugin()
+            self.gan: GAN = bench.gan(kind, {bench.name: self.plugin})
+            train(self.gan, WARM)
+        registered = self.gan.manager.get_plugins()
+        self.hook = self.gan.manager.subset_hook_caller("pre_d_loss", registered - {self.plugin})
+
+    def term(
+        self, critic: Callable[..., Tensor], real: Tensor, fake: Tensor, seed: int = 0, **logits: Tensor
+    ) -> Tensor:
+        """The sum of its terms."""
+        self.gan.rng(self.plugin).manual_seed(seed)
+        with quiet(), global_random(0), default_dtype(torch.float64):
+            view = watched(View((real,), (fake,)))
+            z = self.gan.latent.draw(len(real), torch.Generator().manual_seed(0))
+            known: dict[str, Any] = {"critic": critic, "batch": Batch(real, fake, z), "view": view}
+            known |= logits or {"real_logits": critic(*view.real), "fake_logits": critic(*view.fake)}
+            found = self.hook(gan=self.gan, step=STEP, **known)
+        values = [term for terms in found for term in terms.values()]
+        if not values:
+            raise Skipped("it has no D term with these options")
+        return torch.stack(values).sum()
+
+
+def toys(bench: Bench) -> list[tuple[str, Toy]]:
+    """One for each kind of data."""
+    return [(kind, bench.once(("toy", kind), lambda kind=kind: Toy(bench, kind))) for kind in bench.kinds()]  # type: ignore[misc]
+
+
+def unit(n: int, shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    """(n, \\*shape) random rows of length 1, float64."""
+    x = torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x / rows(x.flatten(1).norm(dim=1), x)
+
+
+def rows(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) as (B, 1, ..., 1)."""
+    return values.view(-1, *(1,) * (like.dim() - 1))
+
+
+def claimed_norm(bench: Bench) -> None:
+    """Claimed a function of the gradient's norm: the mean over samples of that function, for any slopes, 0 included.
+
+    Mend: the norm over all dimensions but the first, one per sample; then the function; then the mean.
+    """
+    f = bench.claims.gradient_norm
+    if f is None:
+        raise Skipped("its claims do not give gradient_norm")
+    for kind, toy in toys(bench):
+        shape = KINDS[kind]
+        real, fake = unit(len(NORMS), shape, 1), unit(len(NORMS), shape, 2) * 2
+        for norms in (torch.tensor(NORMS, dtype=torch.float64), torch.zeros(len(NORMS), dtype=torch.float64)):
+            direction = unit(len(NORMS), shape)
+            critic = Slopes(rows(norms, direction) * direction)
+            term, wanted = toy.term(critic, real, fake), f(toy.plugin, norms).mean()
+            what = "a critic with a slope of its own for each sample" if norms.any() else "a critic without slope"
+            if not close(term, wanted, 1e-4):
+                w = critic.w.detach()
+                guess = _likely(term.item(), partial(f, toy.plugin), w, norms)
+                expect(False, f"on {kind}s, {what} gives {term.item():.6g}, the claim {wanted.item():.6g}{guess}")
+            (gradient,) = torch.autograd.grad(term, critic.w)
+            expect(gradient.isfinite().all(), f"on {kind}s, {what} has a gradient that is not finite",
+                   "a root has no slope at 0: gankit.functional.norm_per_sample has 0 there")  # fmt: skip
+
+
+def _likely(value: float, f: Callable[[Tensor], Tensor], w: Tensor, norms: Tensor) -> str:
+    """What the value is that is not the one wanted, if it is one of the usual slips."""
+    slips = {
+        "a sum over the batch": f(norms).sum(),
+        "one norm for the whole batch": f(norms.norm().view(1)).mean(),
+        "a norm over one axis alone": f(w.norm(dim=1)).mean(),
+        "a norm over the last axis alone": f(w.norm(dim=-1)).mean(),
+        "a mean over features in place of a sum": f(w.flatten(1).square().mean(1).sqrt()).mean(),
+        "the function of the mean norm": f(norms.mean().view(1)).mean(),
+        "half of it": f(norms).mean() / 2,
+        "twice that": f(norms).mean() * 2,
+    }
+    return next((f", which is {slip}" for slip, found in slips.items() if close(value, found, 1e-4)), "")
+
+
+def claimed_place(bench: Bench) -> None:
+    """Claimed where the slope is taken: on a critic whose slope is x itself, the term tells at which x.
+
+    Mend: real, fake, or ``gankit.functional.interpolate`` between them; mind which side is which.
+    """
+    f, at = bench.claims.gradient_norm, bench.claims.at
+    if f is None or at is None:
+        raise Skipped("its claims do not give gradient_norm and at")
+    for kind, toy in toys(bench):
+        direction = unit(8, KINDS[kind])
+        r, s = (torch.linspace(a, b, 8, dtype=torch.float64) for a, b in ((0.2, 0.6), (2.0, 3.0)))
+        term = toy.term(Bowl(), rows(r, direction) * direction, rows(s, direction) * direction).item()
+        at_real, at_fake = (f(toy.plugin, norms).mean().item() for norms in (r, s))
+        if at in ("real", "fake"):
+            wanted, other = (at_real, at_fake) if at == "real" else (at_fake, at_real)
+            hint = " , which is that of the other side".replace(" ,", ",") if close(term, other, 1e-4) else ""
+            expect(
+                close(term, wanted, 1e-4),
+                f"on {kind}s, at {at} samples the term should be {wanted:.6g}, it is {term:.6g}{hint}",
+            )
+        elif at == "between":
+            path = torch.stack([f(toy.plugin, r + u * (s - r)) for u in torch.linspace(0, 1, 201, dtype=torch.float64)])
+            low, high = path.min(0).values.mean().item(), path.max(0).values.mean().item()
+            inside = low - 1e-6 * abs(low) <= term <= high + 1e-6 * abs(high)
+            ends = close(term, at_real, 1e-4) or close(term, at_fake, 1e-4)
+            expect(inside and not ends, f"on {kind}s, between real and fake samples the term lies within {low:.6g} and "
+                   f"{high:.6g}, at them it is {at_real:.6g} and {at_fake:.6g}; it is {term:.6g}")  # fmt: skip
+        else:
+            far = torch.stack([rows(s, direction) * direction, -rows(s, direction) * direction])
+            near = rows(r, direction) * direction
+            one, two = (toy.term(Bowl(), near, fake).item() for fake in far)
+            expect(
+                close(one, two), f"on {kind}s, near real samples the term does not depend on the fake ones, but it does"
+            )
+
+
+def claimed_draws(bench: Bench) -> None:
+    """Claimed per sample: each sample has its own random draw, so the mean over a batch scatters less than one sample.
+
+    Mend: one random number per sample, of shape (B, 1, ..., 1): ``gankit.functional.mixing_weights``.
+    """
+    if not bench.claims.per_sample or not bench.has("pre_d_loss"):
+        raise Skipped("its claims do not say per_sample of a D term")
+    for kind, toy in toys(bench):
+        x = unit(1, KINDS[kind])
+        spread = []
+        for n in (1, 16):
+            real, fake = (c * x.expand(n, *x.shape[1:]) for c in (0.5, 2.0))
+            values = [toy.term(Bowl(), real.clone(), fake.clone(), seed).item() for seed in range(40)]
+            spread.append(torch.tensor(values, dtype=torch.float64).var().item())
+        one, many = spread
+        if one > 1e-20:
+            expect(many < one / 4, f"on {kind}s, the term of 16 equal samples scatters by {many / one:.2f} of that of one "
+                   "sample, with draws of their own it is 0.06")  # fmt: skip
+
+
+def claimed_mean(bench: Bench) -> None:
+    """Claimed per sample: order does not matter, a batch twice over gives the same, and two halves give the mean of theirs.
+
+    Mend: ``.mean()`` over the samples, no sum; nothing computed across the batch, no pairing by place.
+    """
+    if not bench.claims.per_sample:
+        raise Skipped("its claims do not say per_sample")
+    # the shipped generator of images has batch norm, through which generated samples depend on each other
+    scenes = [scene for scene in bench.scenes() if scene.kind == "vector" and not _draws(scene)]
+    if not scenes:
+        raise Skipped("its terms draw random numbers: see claimed_draws")
+    for scene in scenes:
+        real, z = scene.real, scene.z
+        order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
+        plain = _values(scene, real, z)
+        cases = {
+            "the samples in another order": _values(scene, real[order], z[order]),
+            "the batch twice over": _values(scene, torch.cat([real, real]), torch.cat([z, z])),
+        }
+        halves = [_values(scene, real[i::2], z[i::2]) for i in (0, 1)]
+        cases["the mean of two half batches"] = {name: (halves[0][name] + halves[1][name]) / 2 for name in halves[0]}
+        for what, found in cases.items():
+            for name, value in found.items():
+                expect(close(value, plain[name], 1e-6), f"{what} gives the term {name!r} of {scene.where} {value:.6g}, not "
+                       f"{plain[name]:.6g}")  # fmt: skip
+
+
+def _values(scene: Scene, real: Tensor, z: Tensor) -> dict[str, float]:
+    return {name: term.item() for name, term in scene.play(real, z).items()}
+
+
+def _draws(scene: Scene) -> bool:
+    """Whether its terms draw random numbers of its own."""
+    scene.play()
+    fresh = torch.Generator().manual_seed(1).get_state()
+    return not torch.equal(scene.gan.rng(scene.plugin).get_state(), fresh)
+
+
+def claimed_sign(bench: Bench) -> None:
+    """Claimed never below 0.
+
+    Mend: the sign of the term, or the claim.
+    """
+    if not bench.claims.non_negative:
+        raise Skipped("its claims do not say non_negative")
+    for record in bench.trained():
+        own = record.terms["d"] | record.terms["g"]
+        for phase, step, terms in record.updates:
+            for name in own & terms.keys():
+                expect(
+                    not terms[name] < 0,
+                    f"the {phase.upper()} term {name!r} is {terms[name]:.6g} in step {step} on {record.kind}s",
+                )
+
+
+def claimed_deterministic(bench: Bench) -> None:
+    """Claimed to draw no random numbers.
+
+    Mend: the claim, if it is meant to be random.
+    """
+    if not bench.claims.deterministic:
+        raise Skipped("its claims do not say deterministic")
+    for record in bench.trained():
+        assert record.gan is not None
+        expect(f"plugin:{bench.name}" not in record.gan.rngs, f"on {record.kind}s, it asks for gan.rng(self)")
+
+
+def claimed_stateless(bench: Bench) -> None:
+    """Claimed to remember nothing.
+
+    Mend: the claim, and a ``state_dict``, if it is meant to remember.
+    """
+    if not bench.claims.stateless:
+        raise Skipped("its claims do not say stateless")
+    expect(not hasattr(bench.factory, "state_dict"), "it has a state_dict")
+    for kind in bench.kinds():
+        with quiet(), global_random(0):
+            plugin = bench.plugin()
+            gan = bench.gan(kind, {bench.name: plugin})
+            before = _facts(plugin)
+            train(gan, WARM)
+            after = _facts(plugin)
+        changed = [path for path in before.keys() | after.keys() if before.get(path) != after.get(path)]
+        expect(not changed, f"on {kind}s, training changes its attribute {min(changed, default='')}")
+
+
+def _facts(plugin: object) -> dict[str, str]:
+    return {path: repr(value) for path, value in walk(vars(plugin), "") if path}
+
+
+def claimed_logits(bench: Bench) -> None:
+    """Claimed a function of the logits: equal to it, for logits of any shape.
+
+    Mend: the formula, or the claim.
+    """
+    f = bench.claims.logits
+    if f is None:
+        raise Skipped("its claims do not give logits")
+    for kind, toy in toys(bench):
+        x = unit(6, KINDS[kind])
+        for shape in ((6,), (6, 1), (6, 1, 2, 2)):
+            stream = torch.Generator().manual_seed(0)
+            r, s = (torch.randn(shape, generator=stream, dtype=torch.float64).requires_grad_() for _ in range(2))
+            term = toy.term(Bowl(), x, x, real_logits=r, fake_logits=s)
+            wanted = f(toy.plugin, r, s)
+            expect(
+                close(term, wanted, 1e-6),
+                f"on {kind}s, logits of shape {shape} give {term.item():.6g}, the claim {wanted.item():.6g}",
+            )
+
+
+def claimed_costs(bench: Bench) -> None:
+    """Claimed costs: the forward passes of the critic and the double backward passes that it adds to an update of D.
+
+    Mend: use the logits and the view at hand instead of scoring again, or correct the claim.
+    """
+    claims = bench.claims
+    wanted = {"forward": claims.forwards, "double_backward": claims.double_backwards}
+    if set(wanted.values()) == {None}:
+        raise Skipped("its claims do not give forwards or double_backwards")
+    for record in bench.trained():
+        for subject, number in wanted.items():
+            hook = TERM_HOOKS["d"]
+            found = max(
+                (n for (what, where, _), n in record.costs.items() if (what, where) == (subject, hook)), default=0
+            )
+            expect(
+                number is None or found == number,
+                f"on {record.kind}s, an update of D costs {found} {subject.replace('_', ' ')} passes, not {number}",
+            )

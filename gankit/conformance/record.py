@@ -1,0 +1,263 @@
+"""One short training in which every stretch of the plugin's own code is watched; many checks read what was noted."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from gankit import networks
+from gankit.conformance.bench import TERM_HOOKS, WARM, Bench, Skipped, global_states, quiet
+from gankit.contract import Batch, View
+from gankit.errors import UsageError
+from gankit.gan import GAN
+from gankit.loop import train
+from gankit.plugins import ContractError
+from gankit.testing import Log
+
+EVERY_STEP = ("sample", "view", "critic", "pre_d_loss", "post_g_loss")
+FACTORIES = (
+    "arange", "empty", "eye", "full", "linspace", "logspace", "normal", "ones", "rand", "randint", "randn",
+    "randperm", "tensor", "tril_indices", "triu_indices", "zeros",
+)  # fmt: skip
+WAITS = (
+    "item", "tolist", "__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__", "numpy", "cpu",
+    "nonzero", "argwhere", "masked_select", "unique",
+)  # fmt: skip
+MOVES = ("to", "cuda", "type_as", "copy_", "as_tensor", "__setitem__")
+
+
+class Probe(TorchFunctionMode):
+    """Sees the torch functions that the plugin calls, and acts as if the networks lay on another device.
+
+    A tensor made without a device lies on the CPU, where ``torch.rand(3)`` puts it whatever the networks do; to mix it with
+    theirs fails on a GPU. So such tensors are marked, and what mixes marked with others is noted. Tensors of one number mix
+    with everything.
+    """
+
+    def __init__(self, note: Callable[[str, str], None], own: Callable[[], torch.Generator | None], file: str) -> None:
+        super().__init__()
+        self.note, self.own, self.file = note, own, file
+        self.astray: Any = WeakIdKeyDictionary()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call it, and note what it tells."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        generator = kwargs.get("generator")
+        if generator is not None and generator is not self.own():
+            self.note("generator", f"{name} draws from another generator{self.line()}")
+        if name == "grad" and kwargs.get("create_graph"):
+            self.note("double_backward", name)
+        given = list(_tensors((args, tuple(kwargs.values()))))
+        if name in WAITS or (
+            name == "to" and "cpu" in map(str, (*args[1:], kwargs.get("device"))) and _text(args, kwargs)
+        ):
+            self.note("wait", f"{name}{self.line()}")
+        out = func(*args, **kwargs)
+        if name in FACTORIES and func is getattr(torch, name, None):
+            if kwargs.get("device") is None or isinstance(kwargs["device"], str):
+                self.mark(out, f"torch.{name}{self.line()}")
+        elif name in MOVES:
+            for t in _tensors((out,)):
+                self.astray.pop(t, None)
+        else:
+            sources = [self.astray[t] for t in given if t in self.astray]
+            others = [t for t in given if t.dim() and t not in self.astray]
+            if sources and others and name != "__getitem__":
+                self.note("device", f"{sources[0]} makes a tensor without a device, and {name} mixes it with others")
+            elif sources and args and not (name == "__getitem__" and args[0] not in self.astray):
+                for t in _tensors((out,)):
+                    self.mark(t, sources[0])
+        return out
+
+    def mark(self, out: Any, source: str) -> None:
+        """Remember a tensor of more than one number as made without a device, and by what."""
+        if isinstance(out, Tensor) and out.dim():
+            self.astray[out] = source
+
+    def line(self) -> str:
+        """Where in the plugin's file the call comes from."""
+        frame = sys._getframe(1)
+        while frame and frame.f_code.co_filename != self.file:
+            frame = frame.f_back  # type: ignore[assignment]
+        return f" in line {frame.f_lineno}" if frame else ""
+
+
+def _text(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return any(isinstance(value, str) for value in (*args[1:], kwargs.get("device")))
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+class Record:
+    """What happened in three steps on one kind of data.
+
+    error: why it stopped, or None. refused: the plugin refused these data. notes: per subject, what was noted at which step
+    of which hook. updates: the terms of each update.
+    """
+
+    def __init__(self, bench: Bench, kind: str) -> None:
+        self.bench, self.kind = bench, kind
+        self.notes: dict[str, list[tuple[int, str, str]]] = {}
+        self.costs: Counter[tuple[str, str, int]] = Counter()
+        self.error: BaseException | None = None
+        self.terms: dict[str, set[str]] = {"d": set(), "g": set()}
+        self.gan: GAN | None = None
+        log = Log()
+        try:
+            self.plugin = bench.plugin()
+            printed = io.StringIO()
+            with quiet(), contextlib.redirect_stdout(printed):
+                bench.gan(kind, {bench.name: self.plugin}, core={"log": log}, watch=self.watch, prepare=self._prepare)
+                assert self.gan is not None
+                train(self.gan, WARM)
+            if text := printed.getvalue().strip():
+                self.note("print", "", f"{text.splitlines()[0]!r:.60}")
+        except Skipped:
+            raise
+        except Exception as error:
+            self.error = error
+        self.updates = log.updates
+        if self.gan:
+            for (hook, name), owner in self.gan.manager.owners.items():
+                if owner == bench.name:
+                    for phase, of_terms in TERM_HOOKS.items():
+                        if hook == of_terms:
+                            self.terms[phase].add(name)
+
+    @property
+    def refused(self) -> bool:
+        """Whether the plugin said in a sentence that it is not for these data."""
+        return isinstance(self.error, UsageError) and not isinstance(self.error, ContractError)
+
+    def _prepare(self, gan: GAN) -> None:
+        self.gan = gan
+        self.pulled = 0
+        self.looking = False
+        draw = gan.next_real
+
+        def next_real() -> Tensor:
+            self.pulled += 1
+            return draw()
+
+        gan.next_real = next_real
+
+    def note(self, subject: str, hook: str, text: str) -> None:
+        """Take a note."""
+        self.notes.setdefault(subject, []).append((self.gan.step if self.gan else 0, hook, text))
+
+    def found(self, subject: str, *, steps: int = 1) -> str:
+        """The first note on a subject, with its hook, if there are notes of at least so many steps; or nothing."""
+        notes = self.notes.get(subject, [])
+        if len({step for step, *_ in notes}) < steps:
+            return ""
+        _, hook, text = notes[-1]
+        return f"{hook} on {self.kind}s: {text}" if hook else f"on {self.kind}s: {text}"
+
+    @contextmanager
+    def watch(self, hook: str, known: dict[str, Any]) -> Iterator[None]:
+        """Around a stretch of the plugin's code: compare what must be as it was."""
+        gan = self.gan
+        assert gan is not None
+        before = self._looked(gan, hook, known)
+        if hook not in EVERY_STEP:
+            yield
+        else:
+            calls = Counter[str]()
+
+            def note(subject: str, text: str) -> None:
+                if not self.looking:  # a hook inside this one is looked at
+                    calls[subject] += 1
+                    self.note(subject, hook, text)
+
+            root = gan.players["discriminator"].module if "discriminator" in gan.players else None
+            handle = root and root.register_forward_pre_hook(lambda *_: calls.update(("forward",)))
+            file = sys.modules[self.bench.factory.__module__].__file__ or ""
+            try:
+                with Probe(note, lambda: gan.rngs.get(f"plugin:{self.bench.name}"), file):
+                    yield
+            finally:
+                if handle:
+                    handle.remove()
+            for subject, number in calls.items():
+                self.costs[subject, hook, gan.step] += number
+        for (subject, what), value in self._looked(gan, hook, known).items():
+            was = before.get((subject, what), value)
+            if not _alike(was, value):
+                self.note(subject, hook, what)
+
+    def _looked(self, gan: GAN, hook: str, known: dict[str, Any]) -> dict[tuple[str, str], Any]:
+        self.looking = True
+        try:
+            return self._look(gan, hook, known)
+        finally:
+            self.looking = False
+
+    def _look(self, gan: GAN, hook: str, known: dict[str, Any]) -> dict[tuple[str, str], Any]:
+        """All that a hook must leave alone, by subject and name."""
+        found: dict[tuple[str, str], Any] = {
+            ("switch", "gradients on or off"): torch.is_grad_enabled(),
+            ("switch", "the default dtype"): torch.get_default_dtype(),
+            ("switch", "the default device"): str(torch.get_default_device()),
+            ("switch", "the number of threads"): torch.get_num_threads(),
+            ("switch", "the deterministic algorithms"): torch.are_deterministic_algorithms_enabled(),
+            ("switch", "cudnn.benchmark"): torch.backends.cudnn.benchmark,
+            ("switch", "cudnn.deterministic"): torch.backends.cudnn.deterministic,
+            ("switch", "anomaly detection"): torch.is_anomaly_enabled(),
+            ("stream", "draws from the data (gan.next_real)"): self.pulled,
+        }
+        for name, state in global_states().items():
+            if hook != "players" or "torch" not in name:  # for which the core has seeded it
+                found["global", name] = state
+        for name, rng in gan.rngs.items():
+            if name != f"plugin:{self.bench.name}":
+                found["stream", f"draws from the stream {name!r}"] = rng.get_state()
+        for network, module in gan.networks().items():
+            for name, m in module.named_modules():
+                path = f"{network}.{name}".rstrip(".")
+                found["switch", f"training mode of {path}"] = m.training
+                if hook != "setup":
+                    number = len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
+                    found["growth", f"hooks on the module {path}"] = number
+            for name, p in module.named_parameters():
+                if hook != "setup":
+                    found["switch", f"requires_grad of {network}.{name}"] = p.requires_grad
+                found["grad", f".grad of {network}.{name}"] = None if p.grad is None else (p.grad, p.grad._version)
+            if hook in EVERY_STEP:
+                # a network that runs moves its statistics: those of G in sample, those of the plugin's own anywhere
+                own = network not in ("generator", "discriminator") or type(module).__module__ != networks.__name__
+                runs = own or hook == "sample"
+                for name, t in (*module.named_parameters(), *(() if runs else module.named_buffers())):
+                    found["weights", f"{network}.{name}"] = (t.detach().clone(), t._version)
+        for name in ("batch", "view", "real", "z", "real_logits", "fake_logits", "inner"):
+            value = known.get(name)
+            parts = value._asdict() if isinstance(value, (Batch, View)) else {"": value}
+            for part, inside in parts.items():
+                for i, t in enumerate(_tensors(inside.values() if isinstance(inside, dict) else (inside,))):
+                    path = f"{name}.{part}".rstrip(".").replace("inner", "what it was handed")
+                    found["inputs", f"{path}[{i}]" if i else path] = (t.detach().clone(), t._version)
+        return found
+
+
+def _alike(one: Any, two: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(two, Tensor):
+        return one.shape == two.shape and torch.equal(one.nan_to_num(), two.nan_to_num())
+    if isinstance(one, tuple) and isinstance(two, tuple):
+        return all(map(_alike, one, two))
+    return bool(one is two or one == two)

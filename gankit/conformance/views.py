@@ -1,0 +1,120 @@
+"""What the critic is shown: both sides alike, with G's graph and no more, row by row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gankit.conformance.bench import Bench, Skipped, expect, global_random, quiet
+from gankit.contract import Batch, View
+from gankit.gan import GAN
+from gankit.loop import train
+
+
+def shown(gan: GAN, batch: Batch, phase: str = "d") -> View:
+    """The view of a batch in the next step."""
+    with quiet(), global_random(0), torch.set_grad_enabled(phase == "g"):
+        view: View = gan.hook.view(gan=gan, batch=batch, phase=phase, step=gan.step + 1)
+    return view
+
+
+def staged(bench: Bench, kind: str, phase: str = "d") -> tuple[GAN, Any, Batch]:
+    """A GAN after one step with its plugin, and the batch of the next update."""
+    with quiet(), global_random(0):
+        plugin = bench.plugin()
+        gan = bench.gan(kind, {bench.name: plugin})
+        train(gan, 1)
+        with torch.set_grad_enabled(phase == "g"):
+            known = {"real": gan.next_real(), "z": gan.next_z(), "phase": phase, "step": 2}
+            batch: Batch = gan.hook.sample(gan=gan, **known)
+    return gan, plugin, batch
+
+
+def need_view(bench: Bench) -> list[str]:
+    """The kinds of data, if it changes the view."""
+    if not bench.has("view"):
+        raise Skipped("it leaves the view as it is")
+    return bench.kinds()
+
+
+def view_sides_alike(bench: Bench) -> None:
+    """The same samples on both sides are treated alike: else the critic learns to tell the treatment, not the samples.
+
+    Mend: apply one function to ``view.real`` and ``view.fake``, each with random draws from the same distribution.
+    """
+    for kind in need_view(bench):
+        gan, plugin, batch = staged(bench, kind)
+        changes = []
+        for seed in range(16):
+            gan.rng(plugin).manual_seed(seed)
+            view = shown(gan, batch._replace(fake=batch.real))
+            real, fake = view.real[0], view.fake[0]
+            if real.shape != batch.real.shape:
+                raise Skipped("it regroups samples or adds to them, so they cannot be compared with what they were")
+            changes.append([(t - batch.real).abs().mean() for t in (real, fake)])
+        on_real, on_fake = (torch.stack(side).mean().item() for side in zip(*changes, strict=True))
+        alike = max(on_real, on_fake) <= 2 * min(on_real, on_fake) + 1e-12
+        expect(
+            alike,
+            f"on {kind}s, it changes equal samples by {on_real:.3g} on the real side and {on_fake:.3g} on the fake side",
+        )
+
+
+def view_gradient(bench: Bench) -> None:
+    """In G's update the fake side carries G's graph; in D's update no side carries any.
+
+    Mend: differentiable operations, no ``detach``, ``no_grad`` or numpy; no ``torch.enable_grad()``.
+    """
+    for kind in need_view(bench):
+        gan, _, batch = staged(bench, kind, "g")
+        x = shown(gan, batch, "g").fake[0]
+        weight = torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
+        parameters = gan.parameters("g")
+        found = torch.autograd.grad((x * weight).sum(), parameters, allow_unused=True) if x.requires_grad else ()
+        reached = any(g is not None and g.any() for g in found)
+        expect(reached, f"on {kind}s, what the critic is shown of G's samples has no gradient in G")
+        gan, _, batch = staged(bench, kind)
+        for side, tensors in zip(View._fields, shown(gan, batch), strict=True):
+            expect(
+                not any(t.requires_grad for t in tensors), f"on {kind}s, in D's update the {side} side carries a graph"
+            )
+
+
+def view_form(bench: Bench) -> None:
+    """The view has a row per sample, or per pack of equally many, in the dtype of the samples.
+
+    Mend: no samples dropped or repeated on one side alone; ``dtype=x.dtype`` for what is mixed in.
+    """
+    for kind in need_view(bench):
+        gan, _, batch = staged(bench, kind)
+        real, fake = (side[0] for side in shown(gan, batch))
+        rows = len(real)
+        expect(rows and len(batch.real) % rows == 0, f"on {kind}s, {len(batch.real)} samples are shown as {rows} rows")
+        for name, x in (("real", real), ("fake", fake)):
+            expect(
+                x.dtype == batch.real.dtype,
+                f"on {kind}s, the {name} side is shown as {x.dtype}, not {batch.real.dtype}",
+            )
+            expect(x.isfinite().all(), f"on {kind}s, the {name} side has values that are not finite")
+
+
+def claimed_rows_apart(bench: Bench) -> None:
+    """Claimed per sample: equal samples get draws of their own, and the order of the samples does not matter.
+
+    Mend: one random number per sample, of shape (B, 1, ..., 1), as ``gankit.functional.mixing_weights`` makes them.
+    """
+    if not bench.claims.per_sample:
+        raise Skipped("its claims do not say per_sample")
+    for kind in need_view(bench):
+        gan, plugin, batch = staged(bench, kind)
+        equal = batch.real[:1].expand_as(batch.real).clone()
+        views: list[Tensor] = []
+        for seed in (0, 1):
+            gan.rng(plugin).manual_seed(seed)
+            views.append(shown(gan, batch._replace(real=equal, fake=equal)).real[0])
+        random = not torch.equal(*views)
+        rows_equal = bool((views[0] == views[0][:1]).all())
+        expect(not (random and rows_equal), f"on {kind}s, all samples of a batch get the same random draw")
+        expect(random or rows_equal, f"on {kind}s, equal samples are shown unequally, by their place in the batch")

@@ -1,0 +1,216 @@
+"""Claims that do not hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from broken import Plugin
+from gankit import GAN, View, hookimpl
+from gankit.claims import Claims
+from gankit.functional import input_gradients, interpolate, norm_per_sample
+
+NORM = Claims(gradient_norm=lambda self, norm: self.weight * (norm - 1) ** 2)
+
+
+class Slope(Plugin):
+    """mean (||grad D|| - 1)^2 at the real samples; right, and the base of what is wrong."""
+
+    def size(self, slopes: Sequence[Tensor]) -> Tensor:
+        return norm_per_sample(slopes)
+
+    def reduced(self, excess: Tensor) -> Tensor:
+        return excess.square().mean()
+
+    @hookimpl
+    def pre_d_loss(self, view: View, real_logits: Tensor) -> dict[str, Tensor]:
+        return self.term(self.reduced(self.size(input_gradients(real_logits, view.real)) - 1))
+
+
+class OneNorm(Slope):
+    """One norm for the whole batch."""
+
+    caught_by: ClassVar[str] = "claimed_norm"
+    claims: ClassVar[Claims] = NORM
+
+    def size(self, slopes: Sequence[Tensor]) -> Tensor:
+        return torch.cat([s.flatten() for s in slopes]).norm()
+
+
+class WrongAxis(Slope):
+    """A norm over the last dimension, right for vectors."""
+
+    caught_by: ClassVar[str] = "claimed_norm"
+    data: ClassVar[tuple[str, ...]] = ("vector", "image")
+    claims: ClassVar[Claims] = NORM
+
+    def size(self, slopes: Sequence[Tensor]) -> Tensor:
+        return slopes[0].norm(dim=-1)
+
+
+class Sums(Slope):
+    """A sum over the batch: twice the batch, twice the weight."""
+
+    caught_by: ClassVar[str] = "claimed_norm"
+    claims: ClassVar[Claims] = NORM
+
+    def reduced(self, excess: Tensor) -> Tensor:
+        return excess.square().sum()
+
+
+class MeanOverFeatures(Slope):
+    """A root mean square in place of a norm: weaker for larger images."""
+
+    caught_by: ClassVar[str] = "claimed_norm"
+    claims: ClassVar[Claims] = NORM
+
+    def size(self, slopes: Sequence[Tensor]) -> Tensor:
+        return slopes[0].flatten(1).square().mean(1).sqrt()
+
+
+class NormOfMean(Slope):
+    """The function of the mean norm."""
+
+    caught_by: ClassVar[str] = "claimed_norm"
+    claims: ClassVar[Claims] = NORM
+
+    def reduced(self, excess: Tensor) -> Tensor:
+        return excess.mean().square()
+
+
+class RootOfNothing(Slope):
+    """A root whose slope at 0 is infinite: a flat critic makes every weight not a number."""
+
+    caught_by: ClassVar[str] = "claimed_norm"
+    claims: ClassVar[Claims] = NORM
+
+    def size(self, slopes: Sequence[Tensor]) -> Tensor:
+        return slopes[0].flatten(1).square().sum(1).sqrt()
+
+
+class HalfTheWeight(Slope):
+    """A factor 1/2 that the formula does not have."""
+
+    caught_by: ClassVar[str] = "claimed_norm"
+    claims: ClassVar[Claims] = NORM
+
+    def reduced(self, excess: Tensor) -> Tensor:
+        return excess.square().mean() / 2
+
+
+class WrongSide(Slope):
+    """At the real samples, where the generated ones are claimed."""
+
+    caught_by: ClassVar[str] = "claimed_place"
+    claims: ClassVar[Claims] = Claims(gradient_norm=NORM.gradient_norm, at="fake")
+
+
+class NotBetween(Slope):
+    """At the real samples, where the way between is claimed."""
+
+    caught_by: ClassVar[str] = "claimed_place"
+    claims: ClassVar[Claims] = Claims(gradient_norm=NORM.gradient_norm, at="between")
+
+
+class OneMix(Plugin):
+    """One mixing weight for the whole batch."""
+
+    caught_by: ClassVar[str] = "claimed_draws"
+    claims: ClassVar[Claims] = Claims(gradient_norm=NORM.gradient_norm, at="between", per_sample=True)
+
+    @hookimpl
+    def pre_d_loss(self, gan: GAN, critic: Callable[..., Tensor], view: View) -> dict[str, Tensor]:
+        u = torch.rand((), generator=gan.rng(self), device=view.real[0].device, dtype=view.real[0].dtype)
+        x = tuple(u * r + (1 - u) * f if r.is_floating_point() else r for r, f in zip(*view, strict=True))
+        return self.term((norm_per_sample(input_gradients(critic(*x), x)) - 1).square().mean())
+
+
+class AcrossTheBatch(Plugin):
+    """A variance over the batch, claimed to be a mean over samples."""
+
+    caught_by: ClassVar[str] = "claimed_mean"
+    claims: ClassVar[Claims] = Claims(per_sample=True)
+
+    @hookimpl
+    def pre_d_loss(self, real_logits: Tensor) -> dict[str, Tensor]:
+        return self.term((real_logits - real_logits.mean()).square().mean())
+
+
+class ByPlace(Plugin):
+    """Neighbours in the batch are compared."""
+
+    caught_by: ClassVar[str] = "claimed_mean"
+    claims: ClassVar[Claims] = Claims(per_sample=True)
+
+    @hookimpl
+    def pre_d_loss(self, real_logits: Tensor) -> dict[str, Tensor]:
+        return self.term((real_logits - real_logits.roll(1, 0)).square().mean())
+
+
+class Negative(Plugin):
+    """A sign."""
+
+    caught_by: ClassVar[str] = "claimed_sign"
+    claims: ClassVar[Claims] = Claims(non_negative=True)
+
+    @hookimpl
+    def pre_d_loss(self, real_logits: Tensor) -> dict[str, Tensor]:
+        return self.term(-real_logits.square().mean())
+
+
+class Draws(Plugin):
+    """Random, claimed deterministic."""
+
+    caught_by: ClassVar[str] = "claimed_deterministic"
+    claims: ClassVar[Claims] = Claims(deterministic=True)
+
+    @hookimpl
+    def pre_d_loss(self, gan: GAN, critic: Callable[..., Tensor], view: View) -> dict[str, Tensor]:
+        x = interpolate(view.real, view.fake, gan.rng(self), detach=False)
+        return self.term(input_gradients(critic(*x), x)[0].square().mean())
+
+
+@dataclass(eq=False)
+class Counts(Plugin):
+    """It remembers how often it was there, claimed to remember nothing."""
+
+    caught_by: ClassVar[str] = "claimed_stateless"
+    claims: ClassVar[Claims] = Claims(stateless=True)
+
+    def __post_init__(self) -> None:
+        self.steps = 0
+
+    @hookimpl
+    def pre_d_loss(self, real_logits: Tensor) -> dict[str, Tensor]:
+        return self.term(real_logits.square().mean())
+
+    @hookimpl
+    def post_step(self, **_: Any) -> None:
+        self.steps += 1
+
+
+class OtherLogits(Plugin):
+    """A formula of both sides, where one is claimed."""
+
+    caught_by: ClassVar[str] = "claimed_logits"
+    claims: ClassVar[Claims] = Claims(logits=lambda self, real, fake: self.weight * real.square().mean())
+
+    @hookimpl
+    def pre_d_loss(self, real_logits: Tensor, fake_logits: Tensor) -> dict[str, Tensor]:
+        return self.term((real_logits - fake_logits).square().mean())
+
+
+class ScoresAgain(Plugin):
+    """A forward pass for logits that are at hand."""
+
+    caught_by: ClassVar[str] = "claimed_costs"
+    claims: ClassVar[Claims] = Claims(forwards=0, double_backwards=1)
+
+    @hookimpl
+    def pre_d_loss(self, critic: Callable[..., Tensor], view: View) -> dict[str, Tensor]:
+        slopes = input_gradients(critic(*view.real), view.real)
+        return self.term(norm_per_sample(slopes).square().mean())

@@ -1,0 +1,187 @@
+"""Hooks that touch what is not theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from broken import Plugin
+from gankit import GAN, Batch, View, hookimpl
+from gankit.functional import interpolate, squared_gradient_norm
+
+
+class NoiseInPlace(Plugin):
+    """Noise is added to the core's own real samples."""
+
+    caught_by: ClassVar[str] = "inputs_kept"
+
+    @hookimpl(wrapper=True)
+    def view(self, gan: GAN) -> Generator[None, View, View]:
+        view = yield
+        noise = torch.empty_like(view.real[0]).normal_(0, 0.1, generator=gan.rng(self))
+        view.real[0].add_(noise)
+        return View(view.real, (view.fake[0] + noise, *view.fake[1:]))
+
+
+class ClampsTheView(Plugin):
+    """In place, though it changes no value: what was saved for a backward pass is now invalid."""
+
+    caught_by: ClassVar[str] = "inputs_kept"
+
+    @hookimpl(wrapper=True)
+    def view(self) -> Generator[None, View, View]:
+        view = yield
+        view.real[0].clamp_(-5, 5)
+        return view
+
+
+class ClipsTooEarly(Plugin):
+    """Weights are clipped before scoring, not after the update."""
+
+    caught_by: ClassVar[str] = "weights_kept"
+
+    @hookimpl(wrapper=True)
+    def critic(self, gan: GAN) -> Generator[None, Callable[..., Tensor], Callable[..., Tensor]]:
+        critic = yield
+        with torch.no_grad():
+            for p in gan.parameters("d"):
+                p.clamp_(-0.5, 0.5)
+        return critic
+
+
+class SecondForward(Plugin):
+    """G runs once more and counts the batch in its batch norms."""
+
+    caught_by: ClassVar[str] = "weights_kept"
+    data: ClassVar[tuple[str, ...]] = ("vector", "image")
+
+    @hookimpl
+    def post_g_loss(self, gan: GAN, batch: Batch) -> dict[str, Tensor]:
+        other = gan.generator(gan.latent.draw(len(batch.z), gan.rng(self)))
+        return self.term(-(other - batch.fake).abs().mean())
+
+
+class CallsBackward(Plugin):
+    """It adds its gradient itself."""
+
+    caught_by: ClassVar[str] = "grads_kept"
+
+    @hookimpl
+    def pre_d_loss(self, real_logits: Tensor) -> None:
+        (self.weight * real_logits.square().mean()).backward(retain_graph=True)
+
+
+class NoGradAroundYield(Plugin):
+    """What other plugins and the core do inside runs without gradients."""
+
+    caught_by: ClassVar[str] = "switches_kept"
+
+    @hookimpl(wrapper=True)
+    def view(self) -> Generator[None, View, View]:
+        with torch.no_grad():
+            view = yield
+        return view
+
+
+class LeavesEval(Plugin):
+    """D is put in evaluation mode, and stays there."""
+
+    caught_by: ClassVar[str] = "switches_kept"
+
+    @hookimpl
+    def pre_d_loss(self, gan: GAN, view: View, real_logits: Tensor) -> dict[str, Tensor]:
+        gan.discriminator.eval()
+        return self.term((gan.discriminator(*view.real) + real_logits).square().mean())
+
+
+class GlobalNoise(Plugin):
+    """``torch.rand`` without a generator."""
+
+    caught_by: ClassVar[str] = "global_random"
+
+    @hookimpl
+    def pre_d_loss(self, critic: Callable[..., Tensor], view: View) -> dict[str, Tensor]:
+        x = interpolate(view.real, view.fake, detach=False)
+        return self.term(squared_gradient_norm(critic(*x), x).mean())
+
+
+class GlobalInit(Plugin):
+    """New layers in ``setup``, initialised from the global generator as it happens to be."""
+
+    caught_by: ClassVar[str] = "global_random"
+
+    @hookimpl
+    def setup(self, gan: GAN) -> None:
+        for m in gan.discriminator.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.orthogonal_(m.weight)
+
+
+class TakesLatents(Plugin):
+    """The run's own latents are drawn: with the plugin, everybody else sees other ones."""
+
+    caught_by: ClassVar[str] = "own_stream"
+
+    @hookimpl
+    def post_g_loss(self, gan: GAN, batch: Batch) -> dict[str, Tensor]:
+        z = gan.next_z(len(batch.z))
+        return self.term((batch.z - z).abs().mean() * batch.fake.square().mean())
+
+
+class SeedsItself(Plugin):
+    """A generator of its own, seeded by the step: the run's seed does not matter."""
+
+    caught_by: ClassVar[str] = "own_generator"
+
+    @hookimpl
+    def pre_d_loss(self, critic: Callable[..., Tensor], view: View, step: int) -> dict[str, Tensor]:
+        x = interpolate(view.real, view.fake, torch.Generator().manual_seed(step), detach=False)
+        return self.term(squared_gradient_norm(critic(*x), x).mean())
+
+
+class OnTheCPU(Plugin):
+    """Mixing weights without a device."""
+
+    caught_by: ClassVar[str] = "any_device"
+
+    @hookimpl
+    def pre_d_loss(self, gan: GAN, critic: Callable[..., Tensor], view: View) -> dict[str, Tensor]:
+        real, fake = view.real[0], view.fake[0]
+        u = torch.rand(len(real), generator=gan.rng(self), dtype=real.dtype).view(-1, *(1,) * (real.dim() - 1))
+        x = u * real + (1 - u) * fake
+        return self.term(squared_gradient_norm(critic(x, *view.real[1:]), (x,)).mean())
+
+
+class AsksForValues(Plugin):
+    """``if`` on a tensor, in every step."""
+
+    caught_by: ClassVar[str] = "no_waiting"
+
+    @hookimpl
+    def pre_d_loss(self, real_logits: Tensor) -> dict[str, Tensor] | None:
+        drift = real_logits.square().mean()
+        return self.term(drift) if drift > 0 else None
+
+
+class ForgetsHooks(Plugin):
+    """A hook on a module in every update, never removed."""
+
+    caught_by: ClassVar[str] = "no_growth"
+
+    @hookimpl
+    def pre_d_loss(self, gan: GAN, real_logits: Tensor) -> dict[str, Tensor]:
+        gan.discriminator.register_forward_hook(lambda *_: None)
+        return self.term(real_logits.square().mean())
+
+
+class Prints(Plugin):
+    """It tells the terminal."""
+
+    caught_by: ClassVar[str] = "no_printing"
+
+    @hookimpl
+    def post_step(self, step: int) -> None:
+        print(f"step {step}")

@@ -1,0 +1,72 @@
+"""Views that treat the sides unlike, cut the graph, or lose samples."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from broken import Plugin
+from gankit import GAN, View, hookimpl
+from gankit.claims import Claims
+
+
+class View_(Plugin):
+    """Noise on both sides; right."""
+
+    def noisy(self, gan: GAN, x: Tensor) -> Tensor:
+        return x + 0.1 * torch.empty_like(x).normal_(generator=gan.rng(self))
+
+
+class OnlyReal(View_):
+    """The critic learns to tell noise."""
+
+    caught_by: ClassVar[str] = "view_sides_alike"
+
+    @hookimpl(wrapper=True)
+    def view(self, gan: GAN) -> Generator[None, View, View]:
+        view = yield
+        return View((self.noisy(gan, view.real[0]), *view.real[1:]), view.fake)
+
+
+class CutsG(View_):
+    """G is trained by nothing."""
+
+    caught_by: ClassVar[str] = "view_gradient"
+
+    @hookimpl(wrapper=True)
+    def view(self, gan: GAN) -> Generator[None, View, View]:
+        view = yield
+        real, fake = (self.noisy(gan, side[0].detach()) for side in view)
+        return View((real, *view.real[1:]), (fake, *view.fake[1:]))
+
+
+class DropsOne(View_):
+    """The last sample of each side is left out."""
+
+    caught_by: ClassVar[str] = "view_form"
+
+    @hookimpl(wrapper=True)
+    def view(self) -> Generator[None, View, View]:
+        view = yield
+        real, fake = (tuple(t[:-1] for t in side) for side in view)
+        return View(real, fake)
+
+
+class OneDraw(View_):
+    """One factor for the whole batch, where one for each sample is claimed."""
+
+    caught_by: ClassVar[str] = "claimed_rows_apart"
+    claims: ClassVar[Claims] = Claims(per_sample=True)
+
+    @hookimpl(wrapper=True)
+    def view(self, gan: GAN) -> Generator[None, View, View]:
+        view = yield
+        rng = gan.rng(self)
+        real, fake = (
+            side[0] * (1 + 0.1 * torch.rand((), generator=rng, device=side[0].device, dtype=side[0].dtype))
+            for side in view
+        )
+        return View((real, *view.real[1:]), (fake, *view.fake[1:]))

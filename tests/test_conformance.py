@@ -1,0 +1,231 @@
+"""The conformance suite: every broken plugin is caught by the check meant for it and by no other; the right ones pass."""
+
+from __future__ import annotations
+
+import json
+import re
+import unittest
+from pathlib import Path
+
+import pytest
+import torch
+from broken import Plugin, all_broken
+from broken.effects import AsksForValues
+from click.testing import CliRunner
+from conformance import caught_by_its_own, failures
+from torch import Tensor, nn
+
+from gankit import GAN, UsageError, View, hookimpl
+from gankit.claims import Claims
+from gankit.cli import main
+from gankit.conformance import AFTER, CHECKS, checks_of, mend_of, rule_of
+from gankit.conformance.bench import global_random
+from gankit.functional import squared_gradient_norm
+from gankit.testing import plugin_checks
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "plugins" / "testing.md"
+BROKEN = all_broken()
+# through the whole suite; `python tests/conformance.py` takes all of them through it, for two minutes
+IN_TREE = ["bigan", "diffaugment", "lecam", "spectral_norm"]
+WHOLE = BROKEN[::6]
+
+
+@pytest.mark.parametrize("cls", BROKEN, ids=lambda cls: f"{cls.caught_by}-{cls.__name__}")
+def test_a_broken_plugin_is_caught_by_the_check_meant_for_it(cls: type[Plugin]) -> None:
+    (line,) = failures(cls, (cls.caught_by,)).values()
+    assert re.fullmatch(rf"FAILED  {cls.caught_by}: .{{15,}} -- .{{15,}}", line), line
+    assert "the check stopped" not in line
+
+
+@pytest.mark.parametrize("cls", WHOLE, ids=lambda cls: cls.__name__)
+def test_a_broken_plugin_is_caught_by_no_other(cls: type[Plugin]) -> None:
+    assert not caught_by_its_own(cls)
+
+
+def test_every_check_has_a_broken_plugin() -> None:
+    assert {check.__name__ for check in CHECKS} == {cls.caught_by for cls in BROKEN}
+
+
+@pytest.mark.parametrize("name", IN_TREE)
+def test_plugins_of_this_repository_pass(name: str) -> None:
+    assert not failures(name)
+
+
+def test_checks_say_what_must_hold_and_how_to_mend_it() -> None:
+    assert len({check.__name__ for check in CHECKS}) == len(CHECKS)
+    for check in CHECKS:
+        assert rule_of(check).endswith(".") and len(mend_of(check)) > 10, check.__name__
+    order = [*CHECKS]
+    for check, first in AFTER.items():
+        assert all(order.index(one) < order.index(check) for one in first if one is not check), check.__name__
+
+
+def test_the_page_lists_all_checks() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \| (.+) \|$", PAGE.read_text(), re.MULTILINE)
+    assert rows == [(c.__name__, rule_of(c).replace("``", "`"), mend_of(c)) for c in CHECKS]
+
+
+# -- the ways in -------------------------------------------------------------------------------------------------------
+
+MINE = """
+from typing import ClassVar
+from gankit import hookimpl
+
+
+class Mine:
+    \"\"\"Keeps logits small.\"\"\"
+
+    formula: ClassVar[str] = "mean D(x)^2"
+    paper: ClassVar[str] = "none"
+
+    @hookimpl
+    def pre_d_loss(self, real_logits):
+        return {NAME: real_logits.square().mean()}
+"""
+
+
+def call(*arguments: str) -> tuple[int, str]:
+    threads = torch.get_num_threads()
+    result = CliRunner().invoke(main, ["check", *arguments])
+    torch.set_num_threads(threads)
+    return result.exit_code, result.output
+
+
+def test_the_command_prints_a_line_per_check_and_exits_with_1_if_one_fails(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(MINE.replace("NAME", '"mine"'))
+    code, output = call(f"{file}:Mine", "--only", "names", "--only", "derivative", "--only", "players")
+    lines = output.splitlines()
+    assert code == 0 and lines[:2] == ["ok      names", "ok      derivative"]
+    assert lines[2].startswith("skipped players: it brings no networks") and lines[3].endswith(
+        "2 ok, 0 failed, 1 skipped"
+    )
+    file.write_text(MINE.replace("NAME", '"loss"'))
+    code, output = call(f"{file}:Mine", "--only", "names")
+    assert code == 1 and "FAILED  names: the D term 'loss' does not begin with the plugin's name, 'mine' -- " in output
+
+
+def test_json_is_a_list_of_what_was_found() -> None:
+    code, output = call("r1", "--only", "names", "--only", "plain_state", "--json")
+    assert code == 0
+    assert json.loads(output) == [
+        {"check": "names", "status": "ok", "what": "", "mend": ""},
+        {"check": "plain_state", "status": "skipped", "what": "it has no state_dict", "mend": ""},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nope"], "no plugin called 'nope'"),
+        (["./nowhere.py:Mine"], "is no file"),
+        (["r1", "-o", "wait=3"], "no option 'wait' (did you mean 'weight'?)"),
+        (["r1", "-o", "weight=-3"], "weight must not be negative"),
+        (["r1", "-o", "weight"], "-o takes name=value"),
+        (["r1", "--only", "derivativ"], "did you mean 'derivative'?"),
+    ],
+)
+def test_what_cannot_be_checked_is_one_sentence(arguments: list[str], message: str) -> None:
+    code, output = call(*arguments)
+    assert code == 2 and message in output and len(output.splitlines()) == 1
+
+
+def test_pytest_gets_named_checks_that_raise_and_skip() -> None:
+    found = {str(check): check for check in plugin_checks(AsksForValues)}
+    assert list(found) == [check.__name__ for check in CHECKS]
+    found["names"]()
+    with pytest.raises(
+        AssertionError, match="FAILED  no_waiting: pre_d_loss on vectors: waits for the device: .* -- keep"
+    ):
+        found["no_waiting"]()
+    with pytest.raises(unittest.SkipTest, match="no state_dict"):
+        found["plain_state"]()
+
+
+def test_options_reach_the_plugin() -> None:
+    assert not failures("gradient_penalty", ("claimed_norm",), center=0.0, weight=3.0)
+    assert "claimed_norm" in failures("gradient_penalty", ("claimed_norm",), one_sided=True)  # not what the claim says
+
+
+def test_a_check_that_is_waived_says_why() -> None:
+    class Waived(AsksForValues):
+        """The same, on purpose."""
+
+        claims = Claims(waives={"no_waiting": "it has to know"})
+
+    (check,) = checks_of(Waived, only=["no_waiting"])
+    assert str(check.result()) == "skipped no_waiting: waived: it has to know"
+    (check,) = checks_of(AsksForValues, only=["no_waiting"])
+    assert check.result().status == "failed"
+
+
+# -- no false alarms ---------------------------------------------------------------------------------------------------
+
+
+class Legitimate(Plugin):
+    """What looks like slips and is none: numbers made on the CPU, a copy of D, a lasting average on its own network."""
+
+    @hookimpl
+    def setup(self, gan: GAN) -> None:
+        with gan.initialising(self):
+            self.judge = nn.Linear(1, 1).to(gan.device)
+
+    @hookimpl
+    def pre_d_loss(self, gan: GAN, view: View, real_logits: Tensor) -> dict[str, Tensor]:
+        scale = torch.tensor(0.5, dtype=real_logits.dtype)  # a single number mixes with every device
+        noise = torch.rand(
+            len(real_logits), generator=gan.rng(self), device=real_logits.device, dtype=real_logits.dtype
+        )
+        steep = squared_gradient_norm(real_logits, view.real).mean()
+        return self.term(scale * steep + torch.where(noise > 0.5, noise, -noise).mean() * real_logits.square().mean())
+
+
+def test_unusual_but_right() -> None:
+    assert not failures(Legitimate)
+
+
+class VectorsOnly(Plugin):
+    """It refuses images in a sentence."""
+
+    @hookimpl
+    def setup(self, gan: GAN) -> None:
+        if len(gan.shape) != 1:
+            raise UsageError("vectors only: leave it out")
+
+    @hookimpl
+    def pre_d_loss(self, real_logits: Tensor) -> dict[str, Tensor]:
+        return self.term(real_logits.square().mean())
+
+
+def test_one_kind_may_be_refused_not_both() -> None:
+    VectorsOnly.data = ("vector", "image")
+    assert not failures(VectorsOnly)
+    VectorsOnly.data = ("image",)
+    assert failures(VectorsOnly).keys() == {"three_steps"}
+
+
+class WassersteinOnly(Plugin):
+    """It refuses all losses but one."""
+
+    @hookimpl
+    def setup(self, gan: GAN) -> None:
+        if gan.loss.name != "wasserstein":
+            raise UsageError("for the wasserstein loss only")
+
+    @hookimpl
+    def pre_d_loss(self, view: View, real_logits: Tensor) -> dict[str, Tensor]:
+        return self.term(squared_gradient_norm(real_logits, view.real).mean())
+
+
+def test_a_loss_is_found_that_is_not_refused() -> None:
+    assert not failures(WassersteinOnly)
+
+
+def test_the_suite_leaves_global_generators_alone() -> None:
+    state = torch.get_rng_state()
+    failures("gradient_penalty", ("three_steps", "global_random", "resumes"))
+    assert torch.equal(state, torch.get_rng_state())
+    with global_random(3):
+        inside = torch.rand(2)
+    assert torch.equal(state, torch.get_rng_state()) and not torch.equal(inside, torch.rand(2))
