@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from gankit import loop, losses
 from gankit.contract import PHASES, Batch, Player, View, watched
 from gankit.errors import UsageError
-from gankit.gan import GAN, Latent, derive_seed
+from gankit.gan import GAN, Latent
 from gankit.hookspecs import hookimpl
 from gankit.loop import Critic, Terms, total
 from gankit.plugins import create, snake_case
@@ -240,7 +240,6 @@ class OwnGAN(GAN):
         self.optimizers = Optimizers(self.given or {})
         self.own = [m for m in (self.generator, self.discriminator, self.encoder) if m is not None]
         self.known = {p for module in self.own for p in module.parameters()}
-        self.rank = 0
         self.rebuilt = False  # whether set-up changed the user's networks
 
     def build(self) -> GAN:
@@ -266,13 +265,6 @@ class OwnGAN(GAN):
         if z.numel() and not self.example.z.numel():
             self.latent = OwnLatent(math.prod(z.shape[1:]), self.latent.kind, tuple(z.shape[1:]), z.dtype)
             self.example = self.here.batch = self.example._replace(z=like(z))
-
-    def stream(self, name: str) -> torch.Generator:
-        """The random stream called ``name``: during set-up the same on all ranks, then every rank's own."""
-        if name not in self.rngs and self.rank:
-            seed = derive_seed(self.seed, "rank", str(self.rank), name)
-            self.rngs[name] = torch.Generator(self.device).manual_seed(seed)
-        return super().stream(name)
 
     def refuse(self, name: str, sentence: str) -> None:
         """Raise UsageError with this sentence, unless the user allows what is called ``name``: then warn."""

@@ -10,3 +10,7 @@ class UsageError(ValueError):
 
 class Diverged(ArithmeticError):
     """Training produced a value that is not finite; the message names step and term. Exit code 1."""
+
+
+class Lost(RuntimeError):
+    """Another process of this run ended, or cannot be reached. Exit code 1."""

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from gankit import losses, networks
 from gankit.contract import PHASES, Player, View
 from gankit.defaults import CoreHooks
+from gankit.distributed import Team
 from gankit.errors import UsageError
 from gankit.plugins import manager
 
@@ -128,6 +130,8 @@ class GAN:
     allow: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
+        self.team = Team()  # the processes that train together, set by whoever trains
+        self.rank = 0  # of this one among them, once set-up is over: from then on its random numbers are its own
         self.step = 0  # finished or running steps, from 1
         self.stop = False  # set by anyone: the loop ends after the running step
         self.players: dict[str, Player] = {}
@@ -135,6 +139,7 @@ class GAN:
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.next_real: Callable[[], Tensor]  # the data stream, set by whoever trains
         self.data: Dataset | None = None  # the data set, for metrics; set by whoever evaluates
+        self.folder: Path | None = None  # of the run, for plugins that write files; set by whoever records it
         self.progress: Callable[[int, int, str], None] = lambda done, total, what: None  # for what takes time
         self.provenance: dict[str, dict[str, Any]] = {}  # of metrics, by the name `provenance.column` gives
         self.manager = manager(self.plugins, {"core": CoreHooks(), **self.core})
@@ -145,9 +150,13 @@ class GAN:
     # -- random streams ------------------------------------------------------------------------------------------
 
     def stream(self, name: str) -> torch.Generator:
-        """The random stream called ``name``, on the GAN's device; made on first use from the seed and the name."""
+        """The random stream called ``name``, on the GAN's device; made on first use from the seed and the name.
+
+        During set-up it is the same in all processes of a team, then each one's own, except that of the latents.
+        """
         if name not in self.rngs:
-            self.rngs[name] = torch.Generator(self.device).manual_seed(derive_seed(self.seed, name))
+            own = ("rank", str(self.rank)) if self.rank and name != "latent" else ()
+            self.rngs[name] = torch.Generator(self.device).manual_seed(derive_seed(self.seed, *own, name))
         return self.rngs[name]
 
     @contextmanager
@@ -172,8 +181,9 @@ class GAN:
         return seeded(self.seed, "initialising", str(self.manager.get_name(plugin)))
 
     def next_z(self, n: int | None = None) -> Tensor:
-        """The next (n, z_dim) draw of the training latents; n defaults to the batch size."""
-        return self.latent.draw(n or self.batch_size, self.stream("latent"))
+        """The next (n, z_dim) draw of the training latents; n defaults to this process's share of the batch size."""
+        joined = n * self.team.size if n else self.batch_size
+        return self.team.rows(self.latent.draw(joined, self.stream("latent")))
 
     def refuse(self, name: str, sentence: str) -> None:
         """Raise UsageError with this sentence, unless the user allows what is called ``name``: then warn.
@@ -193,11 +203,15 @@ class GAN:
         generator, discriminator = (found.pop(name) for name in ("generator", "discriminator"))
         for name, player in {"generator": generator, **found}.items():
             self._add(name, self._make(name, player.module, **known), player.phase)
-        shapes = tuple(t.shape[1:] for t in self.first_view().real)
+        with seeded(self.seed, "lazy"):  # a player's lazy layers begin here
+            shapes = tuple(t.shape[1:] for t in self.first_view().real)
         self._add("discriminator", self._make("discriminator", discriminator.module, shapes=shapes, **known), "d")
         self._try_discriminator()
         self.hook.setup(gan=self)
         self.make_optimizers()
+        self.rank = self.team.rank
+        if self.rank:
+            self.rngs = {name: rng for name, rng in self.rngs.items() if name == "latent"}
         return self
 
     def _collect_players(self) -> dict[str, Player]:
@@ -253,8 +267,9 @@ class GAN:
         with self.streams_kept():
             for player in self.players.values():
                 player.module.eval()
-            real = torch.zeros(self.batch_size, *self.shape, device=self.device)
-            z = torch.zeros(self.batch_size, self.latent.dim, device=self.device)
+            share = self.batch_size // self.team.size
+            real = torch.zeros(share, *self.shape, device=self.device)
+            z = torch.zeros(share, self.latent.dim, device=self.device)
             batch = self.hook.sample(gan=self, real=real, z=z, phase="d", step=0)
             if batch.fake.shape != real.shape:
                 raise UsageError(
@@ -278,6 +293,7 @@ class GAN:
             self.optimizers[phase] = torch.optim.Adam(
                 self._parameters[phase], lr=s.lr, betas=s.betas, eps=s.eps, fused=True
             )
+            self.team.attend(self.optimizers[phase], self.players)
 
     # -- samples -------------------------------------------------------------------------------------------------
 
@@ -309,14 +325,21 @@ class GAN:
             module.load_state_dict(weights[name])
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that moves besides :meth:`weights`: step, optimisers, random streams, plugins."""
+        """Everything that moves besides :meth:`weights`: step, optimisers, random streams, plugins.
+
+        In a team all processes call it, and what process 0 gets holds the streams and plugins of the "others", too.
+        """
         stateful = {name: plugin for name, plugin in self.manager.list_name_plugin() if hasattr(plugin, "state_dict")}
-        return {
-            "step": self.step,
-            "optimizers": {phase: optimizer.state_dict() for phase, optimizer in self.optimizers.items()},
+        own = {
             "rngs": {name: rng.get_state() for name, rng in self.rngs.items()},
             "global_rngs": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
             "plugins": {name: plugin.state_dict() for name, plugin in stateful.items()},
+        }
+        return {
+            "step": self.step,
+            "optimizers": {phase: optimizer.state_dict() for phase, optimizer in self.optimizers.items()},
+            **own,
+            **({"others": self.team.gathered(own)[1:]} if self.team.size > 1 else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -324,10 +347,11 @@ class GAN:
         self.step = state["step"]
         for phase, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][phase])
-        for name, value in state["rngs"].items():
+        own = state["others"][self.team.rank - 1] if self.team.rank else state
+        for name, value in own["rngs"].items():
             self.stream(name).set_state(value)
-        torch.set_rng_state(state["global_rngs"][0])
-        torch.cuda.set_rng_state_all(state["global_rngs"][1:])
-        for name, value in state["plugins"].items():
+        torch.set_rng_state(own["global_rngs"][0])
+        torch.cuda.set_rng_state_all(own["global_rngs"][1:])
+        for name, value in own["plugins"].items():
             plugin: Any = self.manager.get_plugin(name)
             plugin.load_state_dict(value)

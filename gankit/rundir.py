@@ -6,9 +6,10 @@
     env.json        versions, machine, threads
     data.json       summary of the data
     stats.jsonl     losses by term, gradient shares, costs, every --log-every steps
+    signals.jsonl   signs of health at every evaluation, for `gankit diagnose`; the first line is of true samples
     provenance.json where values come from whose names carry a provenance
     metrics.jsonl   metrics, every --eval-every steps; the first line (step null) is the true data's own score
-    samples/        reals.png, fakes-000500.png, ...
+    samples/        reals.png, fakes-000500.png, ...; of 2-D data .npz, too, for the report
     curves.png      losses and metrics (with gankit[plot])
     summary.json    how it ended
     checkpoints/    step-000500/{generator,discriminator,...}.safetensors and state.pt; links latest and best
@@ -133,10 +134,10 @@ class RunDir:
 
     def trim(self, step: int) -> None:
         """Forget what was recorded after ``step``, for a run that continues from there."""
-        for name in ("stats.jsonl", "metrics.jsonl"):
+        for name in ("stats.jsonl", "metrics.jsonl", "signals.jsonl"):
             kept = [row for row in self.rows(name) if (row["step"] or 0) <= step]
             write_atomic(self.path / name, "".join(json.dumps(row) + "\n" for row in kept))
-        for picture in self.samples.glob("fakes-*.png"):
+        for picture in self.samples.glob("fakes-*.*"):
             if int(picture.stem.split("-")[1]) > step:
                 picture.unlink()
 
@@ -205,6 +206,14 @@ class RunDir:
         """Everything else; loads nothing but tensors and plain containers."""
         state: dict[str, Any] = torch.load(checkpoint / "state.pt", weights_only=True, map_location="cpu")
         return state
+
+
+class Elsewhere(RunDir):
+    """The folder of a run that process 0 writes: here, whatever would change it does nothing."""
+
+    def _nothing(self, *_: Any, **__: Any) -> None: ...
+
+    write_json = append = trim = save = link = prune = _nothing  # type: ignore[assignment]
 
 
 def _sync(folder: Path) -> None:

@@ -9,17 +9,20 @@ import torch
 from torch import Tensor
 
 from gankit.data import Dataset
+from gankit.distributed import Team
 
 
 class Sampler:
     """Endless batches (B, \\*shape) of a data set, reshuffled every epoch; what is left over at its end is dropped.
 
     A data set smaller than a batch is repeated within it. The state is the generator's at the start of the epoch and
-    the position in it, so it is small whatever the size of the data.
+    the position in it, so it is small whatever the size of the data. The processes of a ``team`` draw the same batches, and
+    each gets its rows.
     """
 
-    def __init__(self, data: Dataset, batch_size: int, generator: torch.Generator) -> None:
+    def __init__(self, data: Dataset, batch_size: int, generator: torch.Generator, team: Team | None = None) -> None:
         self.data, self.batch_size, self.generator = data, batch_size, generator
+        self.team = team or Team()
         self._shuffle()
 
     def _shuffle(self) -> None:
@@ -38,7 +41,7 @@ class Sampler:
             end = self.batch_size
         index = self.order[self.position : end]
         self.position = end
-        return self.data.batch(index)
+        return self.data.batch(self.team.rows(index))
 
     def state_dict(self) -> dict[str, Any]:
         """Where in which epoch."""

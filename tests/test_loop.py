@@ -149,6 +149,15 @@ def test_a_users_own_modules_also_with_lazy_layers() -> None:
     assert gan.step == 2
 
 
+def test_lazy_layers_begin_by_the_seed_of_the_gan() -> None:
+    starts = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        lazy = tiny_gan(generator=torch.nn.LazyLinear(3), discriminator=torch.nn.LazyLinear(1))
+        starts.append([p.detach().clone() for player in lazy.players.values() for p in player.module.parameters()])
+    assert all(map(torch.equal, *starts))
+
+
 def test_a_generator_of_the_wrong_shape_is_refused() -> None:
     from gankit import UsageError
 
