@@ -1,0 +1,563 @@
+"""Signs measured against numpy and scipy; every rule at its threshold; suggestions that can be run; rates that stay true."""
+
+import importlib.util
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from scipy import stats
+from scipy.spatial.distance import pdist, squareform
+from torch import Tensor, nn
+
+from gankit import GAN, Latent
+from gankit.cli import main
+from gankit.config import Config, read_toml
+from gankit.data import from_arrays, load
+from gankit.diagnose import EMPTY, RULES, Diagnosis, Finding, Record, Watch, diagnose
+from gankit.plugins import create
+from gankit.rundir import RunDir
+from gankit.sampler import Sampler
+from gankit.signals import Signals, anchors, variety
+from gankit.testing import tiny_gan
+from gankit.training import measure
+
+ROOT = Path(__file__).parents[1]
+FAST = ["--steps", "12", "--batch", "16", "--width", "8", "--eval-every", "3", "--save-every", "5", "--log-every", "3",
+        "--eval-samples", "50", "--threads", "1", "--keep", "9"]  # fmt: skip
+
+
+def gankit(*arguments: str, code: int = 0) -> Any:
+    result = CliRunner().invoke(main, list(arguments))
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+# -- signs ------------------------------------------------------------------------------------------------------------
+
+
+def test_variety_is_that_of_numpy_and_scipy() -> None:
+    for shape in ((40, 3), (20, 50)):
+        points = np.random.default_rng(0).normal(size=shape) * np.arange(1, shape[1] + 1)
+        found = variety(torch.from_numpy(points))
+        assert found["spread"] == pytest.approx(pdist(points).mean())
+        eigenvalues = np.linalg.eigvalsh(np.cov(points.T))
+        assert found["rank"] == pytest.approx(eigenvalues.sum() ** 2 / (eigenvalues**2).sum())
+        distances = squareform(pdist(points)) + np.diag([np.inf] * len(points))
+        np.testing.assert_allclose(found["nearest"], distances.min(axis=1))
+
+
+def test_anchors_are_one_per_clump_or_a_choice() -> None:
+    ring = load("ring").batch(torch.arange(512)).double()
+    found = ring[anchors(ring)]
+    modes = torch.cdist(found, load("ring").modes.centers.double()).argmin(dim=1)
+    assert sorted(modes.tolist()) == list(range(8))
+    even = torch.randn(512, 4, generator=torch.Generator().manual_seed(0)).double()
+    assert anchors(even).tolist() == list(range(32))
+    even[7] = 1000.0  # an outlier is no clump
+    assert anchors(even).tolist() == list(range(32))
+    assert len(anchors(torch.zeros(5, 2).double())) == 5
+
+
+class Known(nn.Module):
+    """Makes what it is given, whatever z."""
+
+    def __init__(self, samples: Tensor) -> None:
+        super().__init__()
+        self.samples, self.weight = samples, nn.Parameter(torch.ones(()))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.samples[torch.arange(len(z)) % len(self.samples)] * self.weight
+
+
+def rows_of(
+    generator: nn.Module, discriminator: nn.Module, data: Any, n: int = 512, **settings: Any
+) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    gan = GAN(
+        generator, discriminator, data.shape, Latent(2), core={"signals": Signals(data, rows.append, n)}, **settings
+    )
+    gan.next_real = Sampler(data, gan.batch_size, torch.Generator().manual_seed(0))
+    gan.build()
+    measure(gan, truth=data)
+    gan.step = 1
+    measure(gan)
+    return rows
+
+
+def test_a_perfect_generator_and_true_samples_look_alike() -> None:
+    data = load("ring")
+    truth, row = rows_of(Known(data.held_out(4096)[1000:]), nn.Linear(2, 1), data)
+    for found in (truth, row):
+        assert found["spread"] == pytest.approx(1, abs=0.03)
+        assert found["rank"] == pytest.approx(1, abs=0.03)
+        assert found["duplicates"] < 0.03
+        assert sum(found["cells"]) == sum(found["labels"]) == 512
+        assert max(found["cells"]) < 90 and min(found["labels"]) > 40
+    assert (truth["step"], row["step"]) == (None, 1)
+    assert row["separation"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_point_a_mode_and_what_is_not_finite() -> None:
+    data = load("ring")
+    point = rows_of(Known(torch.tensor([[1.0, 0.0]])), nn.Linear(2, 1), data)[1]
+    assert (point["spread"], point["duplicates"], max(point["cells"])) == (0, 1, 512)
+    first = data.batch((data.labels == 3).nonzero()[:512, 0])
+    mode = rows_of(Known(first), nn.Linear(2, 1), data)[1]
+    assert mode["labels"] == [0, 0, 0, 512, 0, 0, 0, 0]
+    assert 0.005 < mode["spread"] < 0.02
+    spoilt = rows_of(Known(torch.tensor([[1.0, 0.0], [float("nan"), 0.0]])), nn.Linear(2, 1), data)[1]
+    assert spoilt["finite"] == 0.5 and "spread" not in spoilt
+
+
+def test_what_d_says_is_the_area_under_the_curve_of_scipy() -> None:
+    """D gives the first coordinate: its logits are known without it."""
+
+    class First(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, 0] + 0 * super().forward(x)[:, 0]
+
+    x = np.random.default_rng(0).normal(size=(300, 3))
+    data = from_arrays("x", x.astype("float32"))
+    fakes = torch.randn(512, 3, generator=torch.Generator().manual_seed(1)) + 0.5
+    truth, row = rows_of(Known(fakes), First(3, 1), data, n=64, batch_size=64)
+    index = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:64]
+    real, fake = data.batch(index)[:, 0].numpy(), fakes[:64, 0].numpy()
+    held_out = np.resize(data.held_out(64)[:, 0].numpy(), 64)  # 30 samples, gone through again
+    expected = {"separation": (real, fake), "held_out_separation": (held_out, fake), "memory": (real, held_out)}
+    for name, (high, low) in expected.items():
+        assert row[name] == pytest.approx(stats.mannwhitneyu(high, low).statistic / 64**2)
+    assert row["fake_logits"] == pytest.approx([fake.mean(), fake.std(ddof=1)], rel=1e-5)
+    assert (truth["train"], truth["held_out"]) == (64, 30)
+
+
+def test_a_d_that_says_the_same_of_everything_is_at_one_half() -> None:
+    class Mute(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 0 * super().forward(x)
+
+    data = load("ring")
+    row = rows_of(Known(data.held_out(512)), Mute(2, 1), data)[1]
+    assert (row["separation"], row["held_out_separation"], row["memory"]) == (0.5, 0.5, 0.5)
+    assert (row["g_gradient"], row["d_gradient"]) == (0, 0)
+
+
+def test_gradients_are_those_of_an_update() -> None:
+    """With one batch of data, plain gradient descent of rate 1 moves the weights by the gradient."""
+    from gankit.loop import update
+
+    rows: list[dict[str, Any]] = []
+    data = from_arrays("x", np.random.default_rng(0).normal(size=(9, 3)).astype("float32"))
+    gan = tiny_gan(core={"signals": Signals(data, rows.append, 8)})
+    index = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+    gan.next_real = lambda: data.batch(index)
+    z = gan.latent.draw(8, torch.Generator().manual_seed(0))
+    gan.latent = type("Fixed", (), {"draw": lambda self, n, generator: z[:n]})()
+    for phase in "gd":
+        measure(gan)
+        before = [p.detach().clone() for p in gan.parameters(phase)]
+        gan.optimizers[phase] = torch.optim.SGD(gan.parameters(phase), lr=1.0)
+        update(gan, phase, 1)
+        moved = torch.cat([(a - b).flatten() for a, b in zip(before, gan.parameters(phase), strict=True)])
+        assert rows[-1][f"{phase}_gradient"] == pytest.approx(moved.square().mean().sqrt().item(), rel=1e-3)
+        assert rows[-1][f"{phase}_norm"] == pytest.approx(
+            torch.cat([p.flatten() for p in before]).norm().item(), rel=1e-5
+        )
+
+
+@pytest.mark.parametrize("name", ["none", "packing", "spectral_norm", "bigan", "virtual_batch_norm", "diffaugment"])
+def test_looking_moves_nothing(name: str) -> None:
+    from gankit import train
+
+    image = name in ("virtual_batch_norm", "diffaugment")
+    shape = (40, 1, 28, 28) if image else (40, 3)
+    data = from_arrays("x", np.random.default_rng(0).uniform(-1, 1, size=shape).astype("float32"))
+    gans = []
+    for looks in (True, False):
+        rows: list[dict[str, Any]] = []
+        plugins, _ = create(() if name == "none" else (name,), {})
+        core = {"signals": Signals(data, rows.append, 16)} if looks else {}
+        gan = tiny_gan("image" if image else "vector", plugins, core)
+        for step in (1, 2, 3):
+            train(gan, step)
+            measure(gan)
+        assert len(rows) == 3 * looks
+        gans.append(gan)
+    one, two = gans
+    for network, tensors in one.weights().items():
+        assert all(torch.equal(tensor, two.weights()[network][key]) for key, tensor in tensors.items()), network
+    assert one.rngs.keys() == two.rngs.keys()
+    assert all(torch.equal(rng.get_state(), two.rngs[key].get_state()) for key, rng in one.rngs.items())
+    assert all(module.training for player in one.players.values() for module in player.module.modules())
+    assert all(p.grad is None or not p.grad.any() for p in one.parameters("d"))
+
+
+# -- rules ----------------------------------------------------------------------------------------------------------
+
+CONFIG = Config(steps=1000, batch=64, lr_g=2e-3, lr_d=3e-3, beta1=0.0)
+TRUTH = {"step": None, "n": 400, "finite": 1.0, "spread": 1.0, "rank": 1.0, "duplicates": 0.0, "cells": [100] * 4,
+         "labels": [100] * 4, "train": 400, "held_out": 400}  # fmt: skip
+HEALTHY = {
+    "n": 400, "finite": 1.0, "spread": 1.0, "rank": 1.0, "duplicates": 0.0, "cells": [100] * 4, "cells_now": [100] * 4,
+    "labels": [100] * 4, "separation": 0.7, "held_out_separation": 0.7, "memory": 0.5, "d_gradient": 0.01,
+    "g_gradient": 0.01,
+}  # fmt: skip
+
+
+def logged(count: int = 10, change: Callable[[int], dict[str, Any]] = lambda k: {}, **stats: Any) -> Record:
+    """What a healthy run of ``count`` evaluations logs, one of them every 100 steps, changed."""
+    rows = [HEALTHY | {"step": 100 * k, "d_norm": 5 + k, "g_norm": 5 + k} | change(k) for k in range(1, count + 1)]
+    lines = [{"step": 100 * k, "d_loss": 1.3 + k / 100, "g_loss": 0.7 + k / 100} | stats for k in range(1, count + 1)]
+    return Record(CONFIG, [TRUTH, *rows], [], lines)
+
+
+def found(record: Record) -> dict[str, str]:
+    return {finding.name: finding.word for finding in diagnose(record).findings}
+
+
+def swap(share: float) -> Callable[[int], dict[str, Any]]:
+    """Every second evaluation this share of the samples goes from the first anchor to the last."""
+    return lambda k: {"cells_now": [200 - round(400 * share) * (k % 2), 100, 100, round(400 * share) * (k % 2)]}
+
+
+def always(**values: Any) -> Callable[[int], dict[str, Any]]:
+    return lambda k: values
+
+
+def test_nothing_is_found_in_a_healthy_run() -> None:
+    diagnosis = diagnose(logged())
+    assert diagnosis == Diagnosis((), tuple(RULES), {})
+
+
+@pytest.mark.parametrize(
+    ("name", "sick", "well"),
+    [
+        ("not finite", always(finite=0.99), always(finite=1.0)),
+        ("not finite", always(diverged="step 3: term 'adv'"), always()),
+        ("collapse", always(spread=0.25), always(spread=0.26)),
+        ("collapse", always(duplicates=0.5), always(duplicates=0.49)),
+        ("lost modes", always(cells=[9, 191, 100, 100]), always(cells=[10, 190, 100, 100])),
+        ("one class", always(labels=[40, 360, 0, 0]), always(labels=[41, 359, 0, 0])),
+        ("oscillation", swap(0.3), swap(0.29)),
+        ("saturated D", always(separation=1.0, held_out_separation=0.99), always(separation=1.0, held_out_separation=0.98)),
+        ("overfitted D", always(memory=0.6), always(memory=0.59)),
+        ("frozen network", always(d_norm=5.0), lambda k: {"d_norm": 5.0 + 1e-7 * k}),
+        ("frozen network", always(g_norm=5.0), lambda k: {"g_norm": 5.0 + 1e-7 * k}),
+        ("vanishing gradient", always(g_gradient=1e-6), always(g_gradient=1.1e-6)),
+        ("exploding", always(g_gradient=10.0), always(g_gradient=9.0)),
+        ("exploding", always(d_gradient=10.0), always(d_gradient=9.0)),
+    ],
+)  # fmt: skip
+def test_each_rule_at_its_threshold(
+    name: str, sick: Callable[[int], dict[str, Any]], well: Callable[[int], dict[str, Any]]
+) -> None:
+    assert list(found(logged(change=sick))) == [name]
+    assert not found(logged(change=well))
+
+
+def test_rules_of_losses() -> None:
+    assert found(logged(d_loss=1.3863, g_loss=0.6931)) == {"flat losses": "certain"}
+    assert not found(logged(d_loss=1.3863))  # G's or D's alone may stand
+    record = logged()
+    moving = [{**row, "d_loss": 1.3863 + 1e-5 * (k % 2), "g_loss": 0.6931} for k, row in enumerate(record.stats)]
+    assert not found(replace(record, stats=moving))
+    assert found(logged(d_loss=-1000.0)) == {"exploding": "possible"}
+    assert found(logged(d_loss=1e5)) == {"exploding": "certain"}
+    assert not found(logged(d_loss=999.0))
+    assert found(replace(record, stats=[*record.stats, {"step": 1001, "d_loss": None}])) == {"not finite": "certain"}
+
+
+def test_the_further_beyond_the_surer() -> None:
+    words = [found(logged(change=always(spread=s)))["collapse"] for s in (0.25, 0.2, 0.1)]
+    assert words == ["possible", "likely", "certain"]
+    both = diagnose(logged(change=always(spread=0.25, cells=[0, 0, 400, 0])))
+    assert [(f.name, f.word) for f in both.findings] == [("lost modes", "certain"), ("collapse", "possible")]
+
+
+def test_a_passing_state_is_no_finding() -> None:
+    assert not found(logged(change=lambda k: {"spread": 0.0} if k < 9 else {}))
+    assert not found(logged(change=lambda k: {"cells": [400, 0, 0, 0]} if k in (8, 10) else {}))
+    early = diagnose(logged(2, always(spread=0.0)))
+    assert not early.findings
+    assert "too early" in early.unknown["collapse"] and "evaluations" in early.unknown["oscillation"]
+    last = replace(logged(1, always(spread=0.0, step=1000)))  # of a run that evaluates at its end alone
+    assert "collapse" in found(last)
+
+
+def test_the_data_themselves_are_the_measure() -> None:
+    """Data of one class, with twins, or with a mode that hardly exists are no fault of the generator."""
+    record = logged(change=always(labels=[0, 400, 0, 0], duplicates=0.9, cells=[0, 200, 100, 100]))
+    assert set(found(record)) == {"one class", "collapse", "lost modes"}
+    own = TRUTH | {"labels": [0, 400, 0, 0], "duplicates": 0.9, "cells": [4, 196, 100, 100]}
+    assert not found(replace(record, signals=[own, *record.signals[1:]]))
+    few = TRUTH | {"held_out": 7}  # too few to tell 0.65 from chance
+    record = logged(change=always(memory=0.65))
+    assert "overfitted D" in found(record)
+    assert not found(replace(record, signals=[few, *record.signals[1:]]))
+
+
+def test_a_wasserstein_critic_may_separate() -> None:
+    record = logged(change=always(separation=1.0, held_out_separation=1.0))
+    assert "saturated D" in found(record)
+    wasserstein = diagnose(replace(record, config=replace(CONFIG, loss="wasserstein")))
+    assert not wasserstein.findings and "Wasserstein" in wasserstein.unknown["saturated D"]
+
+
+def test_runs_of_an_older_gankit_are_read_as_far_as_they_go() -> None:
+    record = replace(logged(), signals=[])
+    metrics = [{"step": None, "modes": 8.0}, *({"step": 100 * k, "modes": 7.0} for k in (1, 2, 3))]
+    diagnosis = diagnose(replace(record, metrics=metrics))
+    assert [(f.name, f.word) for f in diagnosis.findings] == [("lost modes", "likely")]
+    assert "older gankit" in diagnosis.unknown["collapse"]
+    assert set(diagnosis.healthy) == {"not finite", "flat losses", "exploding"}
+    assert not found(replace(record, metrics=[*metrics, {"step": 400, "modes": 8.0}]))
+    empty = diagnose(Record(CONFIG))
+    assert not empty.findings and not empty.healthy and set(empty.unknown) == set(RULES)
+
+
+def test_the_share_that_counts_as_lost() -> None:
+    """EMPTY of what is due: at 100 of 400 due, below a tenth of that."""
+    due = round(EMPTY * 100)
+    assert "lost modes" in found(logged(change=always(cells=[due - 1, 391 - due, 5, 5])))
+
+
+# -- suggestions --------------------------------------------------------------------------------------------------
+
+
+def every_suggestion(config: Config, kind: str, path: str = "RUN") -> dict[str, tuple[str, ...]]:
+    """The commands of every rule's suggestions, by rule."""
+    sick: dict[str, Record] = {
+        "not finite": logged(change=always(finite=0.5)),
+        "collapse": logged(change=always(spread=0.0)),
+        "lost modes": logged(change=always(cells=[400, 0, 0, 0])),
+        "one class": logged(change=always(labels=[400, 0, 0, 0])),
+        "oscillation": logged(change=swap(0.5)),
+        "saturated D": logged(change=always(separation=1.0, held_out_separation=1.0)),
+        "overfitted D": logged(change=always(memory=1.0)),
+        "frozen network": logged(change=always(d_norm=1.0)),
+        "flat losses": logged(d_loss=1.0, g_loss=1.0),
+        "vanishing gradient": logged(change=always(g_gradient=0.0)),
+        "exploding": logged(change=always(g_gradient=1e6)),
+    }
+    assert sick.keys() == RULES.keys()
+    commands = {}
+    for name, record in sick.items():
+        rows = [{**row, "lr_d": config.lr_d or 0.0, "lr_g": config.lr_g or 0.0} for row in record.stats]
+        record = replace(record, config=config, kind=kind, path=path, stats=rows)
+        findings = {finding.name: finding for finding in diagnose(record).findings}
+        commands[name] = tuple(s.command for s in findings[name].to_try) if name in findings else ()
+    return commands
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["--data", "p.npy"],
+        [
+            "--data",
+            "p.npy",
+            "--loss",
+            "saturating",
+            "--d-steps",
+            "2",
+            "--beta1",
+            "0.5",
+            "--lr-d",
+            "0",
+            "--name",
+            "my run",
+        ],
+        ["--data", "p.npy", "--loss", "wasserstein", "--plugin", "weight_clipping"],
+        [
+            "--data",
+            "p.npy",
+            "--loss",
+            "relativistic",
+            "--plugin",
+            "r1",
+            "--plugin",
+            "ttur",
+            "-o",
+            "r1.weight=0.1",
+            "--batch",
+            "15",
+        ],
+        ["--data", "x.npy", "--plugin", "spectral_norm", "--loss", "hinge"],
+    ],
+    ids=" ".join,
+)
+def test_every_suggestion_can_be_run(settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", np.random.default_rng(0).integers(0, 256, (40, 28, 28), dtype=np.uint8))
+    np.save("p.npy", np.random.default_rng(0).normal(size=(40, 2)))
+    gankit("run", *FAST, *settings)
+    run = RunDir.find(None)
+    record = Record.read(run)
+    commands = {c for found in every_suggestion(record.config, record.kind, str(run.path)).values() for c in found}
+    assert len(commands) > 5
+    for command in sorted(commands):
+        program, *arguments = shlex.split(command)
+        assert program == "gankit"
+        told = gankit(*arguments, "--dry-run", "--json").stdout
+        config = json.loads(told)
+        assert set(record.config.plugin) <= set(config["plugin"])
+        assert config["name"] is None or config["name"] != record.config.name
+    options = read_toml(run.path / "config.toml")[1]
+    assert config["options"].items() >= options.items()
+
+
+def test_what_is_on_or_refused_is_not_suggested() -> None:
+    page = (ROOT / "docs" / "compatibility.md").read_text()
+    names = re.findall(r"\*\*(\w+)\*\*", page)
+    for row in re.findall(r"^\| \*\*(.+?) \|$", page, re.MULTILINE):
+        on, *cells = re.split(r"\*\* \| | \| ", row)
+        for kind, letter in (("vector", "v"), ("image", "i")):
+            config = replace(CONFIG, plugin=(on,), loss="wasserstein" if on == "weight_clipping" else CONFIG.loss)
+            texts = " ".join(c for found in every_suggestion(config, kind).values() for c in found)
+            added = set(re.findall(r"--plugin (\w+)", texts)) - {on}
+            for name, cell in zip(names, cells, strict=True):
+                own = dict(zip("vi", re.findall(r"v (\S+) i (\S+)", cell)[0], strict=True)) if "v " in cell else {}
+                refused = own.get(letter, cell.strip()).isdigit()
+                unfit = [c for c in cells if re.search(rf"{letter} \d", c)]  # the plugin itself is not for such data
+                assert not (refused and name in added and len(unfit) < len(cells) / 2), (on, name, kind)
+            assert f"--plugin {on} --plugin {on}" not in texts
+
+
+def test_suggestions_begin_with_what_was_measured_best() -> None:
+    outcomes = json.loads((ROOT / "tests" / "benchmarks" / "outcomes.json").read_text())
+    first = every_suggestion(CONFIG, "plane")["lost modes"]
+    order = [name for command in first for name in re.findall(r"--plugin (\w+)", command)]
+    assert order[0] == "r1"
+    modes = [
+        np.mean([row["modes"] for row in outcomes if row["plugin"] == name and row["data"] == "grid"]) for name in order
+    ]
+    assert modes == sorted(modes, reverse=True)
+    far = every_suggestion(replace(CONFIG, lr_g=0.1), "plane")["oscillation"]
+    assert far[0].endswith("--lr-g 0.002 --lr-d 0.003")
+    assert every_suggestion(replace(CONFIG, lr_d=0.0), "plane")["frozen network"][0].endswith("--lr-d 0.003")
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("p.npy", np.random.default_rng(0).normal(size=(40, 2)))
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_run_warns_once_and_names_the_command() -> None:
+    output = gankit("run", *FAST, "--data", "p.npy", "--lr-d", "0", "--name", "r").output
+    assert output.count("warning: frozen network (certain): the weights of the discriminator do not move") == 1
+    assert "gankit diagnose runs/r" in output.splitlines()[-1]
+    summary = json.loads(Path("runs/r/summary.json").read_text())
+    assert "frozen network" in [finding["name"] for finding in summary["findings"]]
+    output = gankit("diagnose", "r").output
+    assert re.search(
+        r"frozen network: certain\n  seen: .*--lr-d is 0\n  try 1: a rate above 0\n +gankit run --config", output
+    )
+    told = json.loads(gankit("diagnose", "runs/r", "--json").stdout)
+    assert told["run"] == "runs/r"
+    assert {"name", "seen", "sure", "word", "to_try"} == told["findings"][0].keys()
+    assert {"why", "command"} == told["findings"][0]["to_try"][0].keys()
+    looked = [f["name"] for f in told["findings"]] + told["nothing_seen"] + list(told["not_looked_at"])
+    assert sorted(looked) == sorted(RULES)
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_run_that_stopped_is_diagnosed() -> None:
+    Path("bad.py").write_text(
+        "from gankit import hookimpl\n"
+        "class Bad:\n"
+        "    @hookimpl\n"
+        "    def pre_d_loss(self, real_logits, step):\n"
+        "        return {'bad': real_logits.mean() * (float('nan') if step == 8 else 0.0)}\n"
+    )
+    assert (
+        "gankit diagnose runs/r"
+        in gankit("run", "--plugin", "./bad.py:Bad", *FAST, "--data", "p.npy", "--name", "r", code=1).output
+    )
+    output = gankit("diagnose", "r").output
+    assert "not finite: certain\n  seen: training stopped: step 8: term 'bad'" in output
+    gankit("resume", "r", code=1)  # it goes on from step 5, and stops in the same place
+    rows = RunDir(Path("runs/r")).rows("signals.jsonl")
+    assert [row["step"] for row in rows if "diverged" in row] == [8]
+    for name in ("signals.jsonl", "metrics.jsonl", "stats.jsonl"):  # as a kill before the first line leaves it
+        Path("runs/r", name).unlink()
+    assert "not looked at: not finite: nothing was logged yet" in gankit("diagnose", "r").output
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_continued_run_has_the_signs_of_one_that_never_stopped() -> None:
+    gankit("run", *FAST, "--data", "p.npy", "--name", "whole")
+    gankit("run", *FAST, "--data", "p.npy", "--name", "parts")
+    for folder in Path("runs/parts/checkpoints").glob("step-*"):
+        if int(folder.name[5:]) > 5:
+            for file in folder.iterdir():
+                file.unlink()
+            folder.rmdir()
+    Path("runs/parts/summary.json").unlink()
+    gankit("resume", "parts")
+    whole, parts = (Path("runs", run, "signals.jsonl").read_text() for run in ("whole", "parts"))
+    assert whole == parts
+    assert [json.loads(line)["step"] for line in whole.splitlines()] == [None, 3, 6, 9, 12]
+
+
+def test_only_what_is_likely_interrupts_and_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Finding] = []
+
+    class Reporter:
+        def metrics(self, step: int, found: dict[str, float]) -> None:
+            assert found == {"modes": 3}
+
+        def finding(self, finding: Finding) -> None:
+            told.append(finding)
+
+    states = [always(spread=0.25), always(spread=0.2), always(spread=0.0, cells=[400, 0, 0, 0])]
+    watch = Watch(RunDir(tmp_path), Reporter())  # type: ignore[arg-type]
+    for change in states:
+        monkeypatch.setattr(Record, "read", lambda run, change=change: logged(change=change))
+        watch(1, {"modes": 3})
+    assert [(finding.name, finding.word) for finding in told] == [("collapse", "likely"), ("lost modes", "certain")]
+
+
+# -- rates ----------------------------------------------------------------------------------------------------------
+
+
+def benchmark() -> ModuleType:
+    path = ROOT / "tests" / "benchmarks" / "diagnose.py"
+    spec = importlib.util.spec_from_file_location("benchmark_of_diagnose", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_has_the_rates_that_the_rules_have_on_the_stored_runs() -> None:
+    suite = benchmark()
+    rows = suite.load()
+    assert len(rows) >= 200
+    assert suite.report(rows) in (ROOT / "docs" / "diagnose.md").read_text()
+    assert {row["family"] for row in rows} == set(suite.FAMILIES)
+
+
+def test_the_interval_of_a_rate_is_that_of_scipy() -> None:
+    low, high = stats.binomtest(7, 9).proportion_ci(method="wilson")
+    assert benchmark().wilson(7, 9) == f"7 of 9: 78% ({low:.0%} to {high:.0%})"
+
+
+def test_every_rule_is_explained() -> None:
+    page = (ROOT / "docs" / "diagnose.md").read_text()
+    for name in RULES:
+        assert re.search(rf"^\| {name} \| ", page, re.MULTILINE), name
