@@ -3,6 +3,7 @@
 #   make test   style, types, the documentation in site/ and the whole test suite
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= auto
 BIN := $(VENV)/bin
 MANIFESTS := requirements-dev.txt pyproject.toml $(wildcard plugins/*/pyproject.toml)
 
@@ -26,8 +27,9 @@ check: $(VENV)/installed
 docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
+# one single-threaded process per core: two of them do more than one with two threads, and the slowest file sets the pace
 test: check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 # what the report's page does in Debian's Chromium, driven by selenium
 test-browser: $(VENV)/installed

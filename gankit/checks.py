@@ -43,6 +43,19 @@ def reparametrized(module: nn.Module) -> list[str]:
     ]
 
 
+LOGISTIC = ("non_saturating", "saturating")
+
+
+def need_logistic_loss(gan: GAN, plugin: str) -> None:
+    """Refuse, as "<plugin>-loss", losses whose best logit is not the log ratio of the densities of real and fake."""
+    if gan.loss.name not in LOGISTIC:
+        gan.refuse(
+            f"{plugin}-loss",
+            f"{plugin} reads D's logit as a log ratio, which the loss {gan.loss.name!r} does not make it: "
+            "choose --loss non_saturating",
+        )
+
+
 def need_per_sample_critic(gan: GAN, plugin: str) -> None:
     """Refuse a discriminator with batch norm: its logits mix samples, so no gradient is that of one sample."""
     found = batch_norms(gan.discriminator)

@@ -111,6 +111,10 @@ class GAN:
     core: the same for behaviour of the core or of the caller; it acts after the plugins.
 
     ``build`` completes it. ``state_dict`` holds everything that moves, in tensors and plain containers.
+
+    A plugin may also read ``players`` (by name, with their module and phase), ``averages`` (averaged copies of players),
+    ``step``, ``steps`` (of the whole run; None where nobody has said), ``data`` (the data set) and ``folder`` (of the run),
+    both None in a loop that has none; set ``stop``; and call ``progress(done, total, what)`` where something takes time.
     """
 
     generator: Any
@@ -133,6 +137,7 @@ class GAN:
         self.team = Team()  # the processes that train together, set by whoever trains
         self.rank = 0  # of this one among them, once set-up is over: from then on its random numbers are its own
         self.step = 0  # finished or running steps, from 1
+        self.steps: int | None = None  # of the whole run, for what follows a schedule; None where nobody has said
         self.stop = False  # set by anyone: the loop ends after the running step
         self.players: dict[str, Player] = {}
         self.averages: dict[str, nn.Module] = {}  # averaged copies of players, by player

@@ -66,10 +66,10 @@ def _installed(name: str) -> Source:
     named = [ep for ep in entry_points(group=GROUP) if ep.name == name]
     if not named:
         known = available()
-        raise UsageError(
-            f"no plugin called {name!r} is installed{closest(name, known)}; "
-            f"installed: {', '.join(known) or 'none'}; to add it: pip install gankit-{name.replace('_', '-')}"
-        )
+        guess = closest(name, known)
+        listed = f"installed are {', '.join(known) or 'none'}"
+        more = guess or f": is its package installed? `gankit plugins` lists those that are; {listed}"
+        raise UsageError(f"no plugin called {name!r} is installed{more}")
     if len({ep.value for ep in named}) > 1:
         owners = " and ".join(distribution_of(ep)[0] for ep in named)
         raise UsageError(f"the plugin name {name!r} is claimed by {owners}: uninstall one of them")
@@ -240,6 +240,9 @@ def _validate(plugin: object, name: str) -> None:
             raise ContractError(f"plugin {name!r}: there is no hook {hook!r}{closest(hook, hookspecs.NAMES)}")
         if marker.get("hookwrapper"):
             raise ContractError(f"plugin {name!r}, hook {hook}: use @hookimpl(wrapper=True), not hookwrapper=True")
+        for argument, parameter in inspect.signature(method).parameters.items():
+            if parameter.default is not inspect.Parameter.empty:  # which some versions of pluggy never pass
+                raise ContractError(f"plugin {name!r}, hook {hook}: the argument {argument!r} must not have a default")
 
 
 def _explain(error: pluggy.PluginValidationError, name: str) -> str:

@@ -349,6 +349,10 @@ def test_a_misspelt_hook_argument_or_marker_is_refused_at_load() -> None:
         @hookimpl
         def pre_d_loss(self, real_logit: Tensor) -> None: ...
 
+    class Default:
+        @hookimpl
+        def post_step(self, step: int = 1) -> None: ...
+
     class Marker:
         def pre_d_loss(self) -> None: ...
 
@@ -359,6 +363,7 @@ def test_a_misspelt_hook_argument_or_marker_is_refused_at_load() -> None:
         (Hook(), "did you mean 'pre_d_loss'"),
         (Argument(), "no argument 'real_logit'.*did you mean 'real_logits'"),
         (Marker(), "carries @gankit.hookimpl"),
+        (Default(), "the argument 'step' must not have a default"),
         (Nothing(), "implements no hook"),
         (ConstantTerm, "give an instance"),
         (dataclass(type("Equal", (ConstantTerm,), {}))(), "eq=False"),

@@ -11,13 +11,12 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from gankit import Batch, Player, UsageError, View, hookimpl
+from gankit.checks import need_logistic_loss
 from gankit.joint import encode, make_encoder, pairs
 from gankit.losses import BOTH_SIDES, wasserstein_g, wasserstein_mirrored
 
 if TYPE_CHECKING:
     from gankit import GAN
-
-LOGISTIC = ("non_saturating", "saturating")  # losses whose optimal logit is the log ratio of real and fake pairs
 
 
 def latent_distance(z: Tensor, reconstruction: Tensor, distance: str = "l2") -> Tensor:
@@ -92,12 +91,7 @@ class VEEGAN:
             )
         if self.distance == "cosine" and gan.latent.dim == 1:
             raise UsageError("the cosine of one coordinate is its sign and trains nothing: use -o veegan.distance=l2")
-        if gan.loss.name not in LOGISTIC:
-            gan.refuse(
-                "veegan-loss",
-                f"veegan reads D's logit as a log ratio, which the loss {gan.loss.name!r} does not make it: "
-                "choose --loss non_saturating",
-            )
+        need_logistic_loss(gan, "veegan")
         if self.reconstructor_loss == "joint":
             gan.loss = replace(gan.loss, g=wasserstein_mirrored, g_sides=BOTH_SIDES)
         else:
