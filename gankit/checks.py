@@ -56,6 +56,17 @@ def need_logistic_loss(gan: GAN, plugin: str) -> None:
         )
 
 
+def need_per_sample_generator(gan: GAN, plugin: str) -> None:
+    """Refuse a generator with batch norm: a sample depends on the other latents of its batch, so no slope is its own."""
+    found = batch_norms(gan.generator)
+    if found:
+        gan.refuse(
+            "generator-batch-norm",
+            f"{plugin} needs the slope of each sample by itself, but the generator has batch norm at {found[0]!r}, which "
+            "mixes samples: use one with layer, group, instance or pixel norm, or none",
+        )
+
+
 def need_per_sample_critic(gan: GAN, plugin: str) -> None:
     """Refuse a discriminator with batch norm: its logits mix samples, so no gradient is that of one sample."""
     found = batch_norms(gan.discriminator)
