@@ -7,7 +7,7 @@ JOBS ?= auto
 BIN := $(VENV)/bin
 MANIFESTS := requirements-dev.txt pyproject.toml $(wildcard plugins/*/pyproject.toml)
 
-.PHONY: run test test-browser check docs format bench clean
+.PHONY: run test test-browser conformance check docs format bench clean
 .DEFAULT_GOAL := test
 
 $(VENV)/installed: $(MANIFESTS)
@@ -38,6 +38,10 @@ test-browser: $(VENV)/installed
 	  [ "$$(id -u)" = 0 ] || { echo "as root: apt-get install -y chromium chromium-driver; then again: make test-browser"; exit 1; }; \
 	  apt-get update -qq && apt-get install -y -qq chromium chromium-driver; }
 	GANKIT_BROWSER=1 $(BIN)/python -m pytest tests/browser
+
+# every plugin of this repository through all of `gankit check`
+conformance: $(VENV)/installed
+	$(BIN)/python tests/conformance.py --in-tree
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,18 +24,23 @@ class Claims:
     at: where that gradient is taken: at the real or the generated samples, between a real and a generated sample, or
         near the real ones.
     logits: the D term as a function of the logits alone, (plugin, real_logits, fake_logits) -> 0-dim.
+    slopes: the D term as a function of the logits and of the norms of the critic's gradient at the samples of both sides,
+        (plugin, real_logits, real_norms, fake_logits, fake_norms), each (B,), -> 0-dim.
     forwards: calls of the critic that the D term adds to an update.
     double_backwards: gradients that are taken in order to be differentiated once more in an update of D.
     waives: checks that it does not hold to on purpose, each with the reason, which ``gankit check`` prints.
+
+    The functions are given the ``step``, too, where they have an argument of that name, for weights that change.
     """
 
     per_sample: bool = False
     non_negative: bool = False
     deterministic: bool = False
     stateless: bool = False
-    gradient_norm: Callable[[Any, Tensor], Tensor] | None = None
+    gradient_norm: Callable[..., Tensor] | None = None
     at: Literal["real", "fake", "between", "near_real"] | None = None
-    logits: Callable[[Any, Tensor, Tensor], Tensor] | None = None
+    logits: Callable[..., Tensor] | None = None
+    slopes: Callable[..., Tensor] | None = None
     forwards: int | None = None
     double_backwards: int | None = None
     waives: Mapping[str, str] = field(default_factory=dict)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
+import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from importlib.metadata import metadata
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -14,8 +17,8 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from gankit import __version__
-from gankit.config import RECIPES, Config, Device, make, read_toml
-from gankit.errors import Diverged, UsageError
+from gankit.config import RECIPES, Config, Device, Options, make, read_toml
+from gankit.errors import Diverged, Lost, UsageError
 from gankit.options import Option, closest, options_of, type_name
 from gankit.plugins import available, distribution_of, find
 from gankit.scaffold import KINDS, LICENSES, render, write
@@ -32,6 +35,15 @@ SECTIONS = {
     ),
     "record": ("out", "name", "log_every", "eval_every", "save_every", "eval_samples", "keep"),
 }  # fmt: skip
+
+
+def joined() -> AbstractContextManager[None]:
+    """:func:`gankit.distributed.joined`, for which torch is imported only where there are processes to join."""
+    if "RANK" not in os.environ:
+        return nullcontext()
+    from gankit import distributed
+
+    return distributed.joined()
 
 
 class Failure(click.ClickException):
@@ -57,9 +69,9 @@ class Commands(click.Group):
     """Turns the errors a user can do something about into one sentence and exit code 2."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; everything unexpected keeps its traceback."""
+        """Run the command, among torchrun's processes if there are any; everything unexpected keeps its traceback."""
         try:
-            with warnings.catch_warnings():
+            with joined() if ctx.parent is None else nullcontext(), warnings.catch_warnings():
                 warnings.showwarning = lambda message, *_: click.echo(f"warning: {message}", err=True)
                 return super().invoke(ctx)
         except UsageError as error:
@@ -67,7 +79,7 @@ class Commands(click.Group):
         except OSError as error:
             what = f"{error.filename}: " if error.filename else ""
             raise Failure(f"cannot read or write {what}{error.strerror or error}") from error
-        except Diverged as error:
+        except (Diverged, Lost) as error:
             raise Stopped(str(error)) from error
 
     def resolve_command(
@@ -152,13 +164,18 @@ def read_settings(given: Mapping[str, Any]) -> Config:
         else:
             values[key.replace("-", "_")] = value
     values |= {key: value for key, value in given.items() if value not in (None, ())}
+    return make(values, read_options(chosen, options))
+
+
+def read_options(chosen: Iterable[str], options: Options) -> Options:
+    """Add each ``plugin.option=value`` to the options, and return them."""
     for text in chosen:
         key, value = _split(text, "-o")
         plugin, dot, name = key.rpartition(".")
         if not dot:
             raise UsageError(f"-o takes plugin.option=value, not {text!r}")
         options.setdefault(plugin, {})[name.replace("-", "_")] = value
-    return make(values, options)
+    return options
 
 
 def _split(text: str, flag: str) -> tuple[str, str]:
@@ -175,9 +192,14 @@ def _console(as_json: bool) -> Console:
 
 
 def _finish(result: Any, as_json: bool, console: Console, plugins: Any) -> None:
+    from gankit import report
+    from gankit.distributed import team
     from gankit.rundir import to_json
     from gankit.terminal import show_result
 
+    if team().rank == 0:
+        with suppress(UsageError):  # its libraries are an extra
+            report.write([result.run], result.run.path / "report.html")
     show_result(console, result, plugins)
     if as_json:
         click.echo(to_json(result.plain()), nl=False)
@@ -235,11 +257,13 @@ def resume(run: str | None, out: str, steps: int | None, as_json: bool) -> None:
     RUN is a run's folder, name or number; without it the newest run is taken.
     """
     from gankit import run as running
+    from gankit.distributed import team
     from gankit.rundir import RunDir
     from gankit.terminal import Terminal
 
     console = _console(as_json)
-    result = running.resume(RunDir.find(run, out), Terminal(console), steps)
+    found = team().led(lambda: RunDir.find(run, out))
+    result = running.resume(found, Terminal(console), steps)
     _finish(result, as_json, console, result.plugins)
 
 
@@ -265,6 +289,110 @@ def sample(
 @main.command()
 @click.argument("run", required=False)
 @click.option("--out", default="runs", help="folder that collects runs  [runs]")
+@click.option("--to", metavar="FILE.png", help="where to  [RUN/interpolation.png]")
+@click.option("--rows", default=8, type=click.IntRange(1), show_default=True, help="pairs of latents")
+@click.option("--columns", type=click.IntRange(2), help="latents from one to the other  [10 images or 200 points]")
+@click.option("--seed", default=0, show_default=True, help="of the latents")
+@checkpoint_flag
+@device_flag
+def interpolate(
+    run: str | None,
+    out: str,
+    to: str | None,
+    rows: int,
+    columns: int | None,
+    seed: int,
+    checkpoint: str | None,
+    device: Device,
+) -> None:
+    """Draw what a run's generator makes on the way from one latent to another: rows of images, or paths of points."""
+    from gankit import inversion
+    from gankit.rundir import RunDir
+    from gankit.terminal import Terminal
+
+    found, terminal = RunDir.find(run, out), Terminal(_console(True))
+    path = inversion.interpolate(found, terminal, to, rows, columns, seed, checkpoint, device)
+    click.echo(f"picture: {path}")
+
+
+@main.command()
+@click.argument("run", required=False)
+@click.option("--out", default="runs", help="folder that collects runs  [runs]")
+@click.option("-n", "n", default=64, type=click.IntRange(1), show_default=True, help="held-out samples")
+@click.option("--steps", default=200, type=click.IntRange(1), show_default=True, help="of Adam, from each start")
+@click.option("--restarts", default=3, type=click.IntRange(1), show_default=True, help="starts for each sample")
+@click.option("--seed", default=0, show_default=True, help="of the starts")
+@click.option("--to", metavar="FILE.png", help="where to  [RUN/inversion.png]")
+@checkpoint_flag
+@device_flag
+@json_flag
+def invert(
+    run: str | None,
+    out: str,
+    n: int,
+    steps: int,
+    restarts: int,
+    seed: int,
+    to: str | None,
+    checkpoint: str | None,
+    device: Device,
+    as_json: bool,
+) -> None:
+    """Look for the latents of held-out samples (IvOM): how near can a run's generator come to true data?
+
+    Also the error of G(E(x)), where the run has an encoder; and a picture, what is missed most first.
+    """
+    from gankit import inversion
+    from gankit.rundir import RunDir, to_json
+    from gankit.terminal import Terminal, label, shown
+
+    console = _console(as_json)
+    found = RunDir.find(run, out)
+    result = inversion.invert(found, Terminal(console), n, steps, restarts, seed, to, checkpoint, device)
+    lines = [f"{found.path}, step {result.step}; mean squares per pixel or coordinate"]
+    lines += [f"{label(name)}: {shown(name, value)}" for name, value in result.metrics.items()]
+    lines += [f"worst IvOM of a sample: {result.worst:.5f}", f"variance of the data: {result.variance:.5f}"]
+    for line in [*lines, f"picture: {result.picture}"]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if as_json:
+        click.echo(to_json({"run": str(found.path), **vars(result), "picture": str(result.picture)}), nl=False)
+
+
+@main.command()
+@click.argument("run", nargs=-1)
+@click.option("--out", default="runs", help="folder that collects runs  [runs]")
+@click.option("--to", metavar="FILE.html", help="where to  [RUN/report.html, of several runs report.html]")
+@click.option("--open", "open_", is_flag=True, help="show it in the browser")
+def report(run: tuple[str, ...], out: str, to: str | None, open_: bool) -> None:
+    """Write one HTML page of a run, or of several side by side: samples over training, curves, losses, costs, settings.
+
+    RUN is a run's folder, name or number, or a folder of runs, such as a benchmark's; without it the newest run is taken.
+    The page needs no network and no other file.
+    """
+    from gankit import report as reporting
+    from gankit.terminal import Terminal
+
+    started, terminal = time.perf_counter(), Terminal(_console(True))
+
+    def progress(done: int, total: int, what: str) -> None:
+        if time.perf_counter() - started > 2:
+            terminal.loading(done, total, what)
+
+    runs, note = reporting.find(run, out)
+    path = Path(to) if to else runs[0].path / "report.html" if len(runs) == 1 else Path("report.html")
+    if path.suffix not in (".html", ".htm"):
+        raise UsageError(f"a report goes to an .html file, not {path.name!r}")
+    reporting.write(runs, path, note, progress)
+    click.echo(f"report: {path}")
+    if note:
+        click.echo(note, err=True)
+    if open_:
+        click.launch(str(path))
+
+
+@main.command()
+@click.argument("run", required=False)
+@click.option("--out", default="runs", help="folder that collects runs  [runs]")
 @click.option("--to", metavar="FOLDER", help="where to  [RUN/export]")
 @checkpoint_flag
 def export(run: str | None, out: str, to: str | None, checkpoint: str | None) -> None:
@@ -280,23 +408,57 @@ def export(run: str | None, out: str, to: str | None, checkpoint: str | None) ->
 @click.argument("run", required=False)
 @click.option("--out", default="runs", help="folder that collects runs  [runs]")
 @click.option("-n", "n", type=click.IntRange(2), help="generated samples  [as in the run]")
+@click.option("--plugin", "-p", multiple=True, metavar="NAME", help="add a plugin that measures, such as inception")
+@click.option("-o", "option", multiple=True, metavar="PLUGIN.OPTION=VALUE", help="set an option of such a plugin")
 @checkpoint_flag
 @device_flag
 @json_flag
-def evaluate(run: str | None, out: str, n: int | None, checkpoint: str | None, device: Device, as_json: bool) -> None:
-    """Compute the metrics of a run again, beside those of the true data."""
+def evaluate(
+    run: str | None,
+    out: str,
+    n: int | None,
+    plugin: tuple[str, ...],
+    option: tuple[str, ...],
+    checkpoint: str | None,
+    device: Device,
+    as_json: bool,
+) -> None:
+    """Compute the metrics of a run again, beside those of the true data; with --plugin, further ones."""
     from gankit import run as running
     from gankit.rundir import RunDir, to_json
     from gankit.terminal import Terminal, metrics_table
 
     console = _console(as_json)
     found = RunDir.find(run, out)
-    step, metrics, truth, provenance = running.evaluate(found, Terminal(console), checkpoint, device, n)
+    options = read_options(option, {})
+    step, metrics, truth, provenance = running.evaluate(
+        found, Terminal(console), checkpoint, device, n, plugin, options
+    )
     console.print(f"{found.path}, step {step}", highlight=False, markup=False, soft_wrap=True)
     console.print(metrics_table(metrics, truth))
     if as_json:
         values = {"metrics": metrics, "truth": truth, "provenance": provenance}
         click.echo(to_json({"run": str(found.path), "step": step, **values}), nl=False)
+
+
+@main.command()
+@click.argument("run", required=False)
+@click.option("--out", default="runs", help="folder that collects runs  [runs]")
+@json_flag
+def diagnose(run: str | None, out: str, as_json: bool) -> None:
+    """Say what is wrong with a run, how sure that is, and what to try, the best first.
+
+    By what the run logged; it may be running, or have been stopped. Findings are no error: the exit code is 0.
+    """
+    from gankit import diagnose as diagnosing
+    from gankit.rundir import RunDir, to_json
+    from gankit.terminal import show_diagnosis
+
+    found = RunDir.find(run, out)
+    diagnosis = diagnosing.diagnose(diagnosing.Record.read(found))
+    show_diagnosis(_console(as_json), found.path, diagnosis)
+    if as_json:
+        click.echo(to_json({"run": str(found.path), **diagnosis.plain()}), nl=False)
 
 
 @main.command(cls=SectionedCommand)
@@ -312,6 +474,82 @@ def explain(**given: Any) -> None:
 
     console = _console(False)
     show_order(console, running.dry_run(config, Terminal(console)))
+
+
+@main.command()
+@click.argument("suite", nargs=-1)
+@click.option("--seeds", type=click.IntRange(1), help="how many seeds, from 0  [the suite's]")
+@click.option("--steps", type=click.IntRange(1), help="another length of training; the tables say so  [the suite's]")
+@click.option("--method", "methods", multiple=True, metavar="NAME", help="only this method; repeatable")
+@click.option("--data", "data", multiple=True, metavar="NAME", help="only this data set; repeatable")
+@click.option("--out", default="benches", show_default=True, help="folder that collects suites")
+@click.option("--jobs", default="auto", metavar="N|auto", help="runs at a time; auto: one per core")
+@click.option("--engine", default="processes", show_default=True, type=click.Choice(["processes", "ray"]), help="where")
+@click.option("--retry", is_flag=True, help="train again what failed")
+@click.option("--dry-run", is_flag=True, help="only list the runs and what there is of them")
+@json_flag
+def bench(
+    suite: tuple[str, ...], seeds: int | None, steps: int | None, methods: tuple[str, ...], data: tuple[str, ...],
+    out: str, jobs: str, engine: str, retry: bool, dry_run: bool, as_json: bool,
+) -> None:
+    """Compare methods over seeds: run a SUITE, end with tables. Without SUITE: list those that come with gankit.
+
+    \b
+    gankit bench quick                      all toy sets, a few minutes
+    gankit bench ring --method r1 --seeds 3
+    gankit bench mine.toml --engine ray     data sets x methods x seeds of your own, on a cluster
+
+    Every run is an ordinary one below OUT/SUITE/runs. The same command continues what was interrupted; a run that
+    fails is a row with its reason.
+    """  # fmt: skip
+    from gankit import bench as benching
+
+    if not suite:
+        _list_suites(as_json)
+        return
+    if jobs != "auto" and not (jobs.isdigit() and int(jobs)):
+        raise UsageError(f"--jobs takes a whole number from 1 on, or auto, not {jobs!r}")
+    chosen = [
+        benching.narrowed(benching.read(name), seeds=seeds, methods=methods, data=data, steps=steps) for name in suite
+    ]
+    if dry_run:
+        for one in chosen:
+            for cell in one.cells():
+                click.echo(f"{one.name}  {cell.name}  {benching.state_of(Path(out) / one.name / 'runs' / cell.name)}")
+        return
+    from gankit import results
+    from gankit.rundir import to_json
+    from gankit.terminal import BenchProgress, show_bench
+
+    console, found = _console(as_json), []
+    for one in chosen:
+        folder = Path(out) / one.name
+        with BenchProgress(console, one.name) as progress:
+            try:
+                benching.execute(
+                    one, folder, jobs=None if jobs == "auto" else int(jobs), engine=engine, retry=retry, report=progress
+                )
+            except benching.Interrupted:
+                raise Stopped(f"stopped; all runs have saved, and the same command continues: {folder}") from None
+        rows = results.write(one, folder)
+        found.append(results.plain(one, rows))
+        show_bench(console, one, rows, folder)
+    if as_json:
+        click.echo(to_json(found), nl=False)
+
+
+def _list_suites(as_json: bool) -> None:
+    from gankit import bench as benching
+
+    suites = {name: benching.read(name) for name in benching.shipped()}
+    if as_json:
+        listed = [{"name": name, "title": s.title, "protocol": s.protocol} for name, s in suites.items()]
+        click.echo(json.dumps(listed, indent=2))
+        return
+    width = max(map(len, suites))
+    for name, one in suites.items():
+        runs = len(one.cells())
+        click.echo(f"{name:<{width}}  {one.title}; {one.protocol}; {len(one.methods)} methods, {runs} runs")
 
 
 @main.group(invoke_without_command=True, cls=Commands)
@@ -370,6 +608,44 @@ def show(name: str, as_json: bool) -> None:
         table.add_row(f"{source.name}.{key}", type_name(option.annotation), str(_default(option)), option.help)
     console.print()
     console.print(table if options else "no options")
+
+
+@main.command()
+@click.argument("target")
+@click.option("-o", "option", multiple=True, metavar="[PLUGIN.]OPTION=VALUE", help="set an option in all checks")
+@click.option("--only", multiple=True, metavar="CHECK", help="run this check alone; may be given several times")
+@click.option("--json", "as_json", is_flag=True, help="print a list of {check, status, what, mend}, and no lines")
+def check(target: str, option: tuple[str, ...], only: tuple[str, ...], as_json: bool) -> None:
+    """Hold a plugin to what every plugin has to hold to, and to its claims. Exit code 0, or 1 if a check fails.
+
+    TARGET is an installed plugin's name, file.py:Class or module:Class. Each check trains the plugin for a few steps in
+    small GANs on the CPU, and says in one line what is wrong, where, and how to mend it.
+
+    \b
+    gankit check r1
+    gankit check ./mine.py:MyPenalty -o weight=0.5
+    gankit check r1 --only derivative --only resumes
+    """
+    name = find(target).name  # a target that cannot be found is told without waiting for torch
+    given = dict(_split(text.removeprefix(f"{name}."), "-o") for text in option)
+    import torch
+
+    from gankit.conformance import checks_of
+
+    torch.set_num_threads(1)  # small networks are fastest on one
+    results = []
+    for one in checks_of(target, given, only):
+        if not as_json and sys.stdout.isatty():
+            click.echo(f"...     {one}\r", nl=False)
+        results.append(one.result())
+        if not as_json:
+            click.echo(results[-1])
+    counts = {status: sum(result.status == status for result in results) for status in ("ok", "failed", "skipped")}
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(result) for result in results], indent=2))
+    else:
+        click.echo(f"{target}: {counts['ok']} ok, {counts['failed']} failed, {counts['skipped']} skipped")
+    sys.exit(1 if counts["failed"] else 0)
 
 
 @main.command("new-plugin")

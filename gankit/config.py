@@ -32,8 +32,8 @@ class Config:
 
     data: Annotated[
         str,
-        "ring, grid, gaussians1200, mnist, stacked-mnist, or your own: a folder or zip of images, a .npy/.npz/.csv file,"
-        " module:callable",
+        "ring, grid, gaussians1200, heavy-mode, mnist, stacked-mnist, or your own: a folder or zip of images, a"
+        " .npy/.npz/.csv file, module:callable",
     ] = "ring"
     data_root: Annotated[str | None, "folder of the MNIST files (else GANKIT_DATA, else a download)"] = None
     image_size: Annotated[int | None, "side in pixels to which a folder's images are brought"] = None
@@ -137,10 +137,14 @@ RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def kind_of(shape: tuple[int, ...]) -> str:
+    """Whose recipe samples of this shape get: "plane", "vector" or "image"."""
+    return "image" if len(shape) == 3 else "plane" if shape == (2,) else "vector"
+
+
 def resolve(config: Config, shape: tuple[int, ...]) -> Config:
     """The configuration with every ``None`` of the recipe filled in for samples of this shape."""
-    kind = "image" if len(shape) == 3 else "plane" if shape == (2,) else "vector"
-    filled = {k: v for k, v in RECIPES[kind].items() if getattr(config, k) is None}
+    filled = {k: v for k, v in RECIPES[kind_of(shape)].items() if getattr(config, k) is None}
     config = replace(config, **filled)
     assert config.steps is not None
     every = max(1, config.steps // 10)

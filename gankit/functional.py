@@ -54,17 +54,31 @@ def extra_pass(module: nn.Module, *inputs: Tensor) -> Tensor:
     return output
 
 
-def input_gradients(logits: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """d logits_i / d inputs_i for every sample i, with a graph for a second derivative.
+def logit_per_sample(logits: Tensor) -> Tensor:
+    """(B,) the mean logit of each sample, over all other dimensions: of (B, 1) or a patch critic's map (B, 1, H, W).
 
-    logits: (B, ...); several logits of one sample (a patch critic's map) are averaged, so that the gradient is that of
-    the sample's mean logit. inputs: tensors (B, ...) the logits were computed from; those not floating are left out.
-    Correct only if no logit depends on another sample, which batch normalisation in the critic violates.
+    ValueError for a tensor without dimensions.
     """
     if not logits.dim():
         raise ValueError("the critic must give one logit per sample, (B,) or (B, ...), not their mean")
-    per_sample = logits.flatten(1).mean(1) if logits.dim() > 1 else logits
-    floating = [t for t in inputs if t.is_floating_point()]
+    return logits.flatten(1).mean(1) if logits.dim() > 1 else logits
+
+
+def input_gradients(logits: Tensor, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """d logits_i / d inputs_i for every sample i, with a graph for a second derivative.
+
+    logits: (B, ...); several logits of one sample are averaged by :func:`logit_per_sample`, so that the gradient is that
+        of the sample's mean logit.
+    inputs: the tensor (B, ...), or the tuple of the critic's arguments, that the logits were computed from, requiring
+        gradients; of a tuple those not floating (labels) are left out.
+
+    Correct only if no logit depends on another sample, which batch normalisation in the critic violates. Raises ValueError
+    if no input is floating, or one of them did not require gradients when the logits were computed.
+    """
+    per_sample = logit_per_sample(logits)
+    floating = [t for t in ((inputs,) if isinstance(inputs, Tensor) else inputs) if t.is_floating_point()]
+    if not floating or not logits.requires_grad or not all(t.requires_grad for t in floating):
+        raise ValueError("there is no slope to take: compute the logits from inputs that require gradients")
     return torch.autograd.grad(per_sample.sum(), floating, create_graph=True)
 
 
@@ -75,15 +89,11 @@ def squared_norm_per_sample(tensors: Sequence[Tensor]) -> Tensor:
     return sum(others, start=first)
 
 
-def squared_gradient_norm(logits: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+def squared_gradient_norm(logits: Tensor, inputs: Tensor | Sequence[Tensor]) -> Tensor:
     """(B,) ||d logits_i / d inputs_i||^2 of every sample, over all floating inputs together, with a graph.
 
-    Arguments and their limits as in :func:`input_gradients`: no forward pass, one double backward. Raises ValueError if
-    no input is floating, or one of them did not require gradients when the logits were computed.
+    Arguments, errors and limits as of :func:`input_gradients`: no forward pass, one double backward.
     """
-    floating = [t for t in inputs if t.is_floating_point()]
-    if not floating or not logits.requires_grad or not all(t.requires_grad for t in floating):
-        raise ValueError("there is no slope to take: compute the logits from inputs that require gradients")
     return squared_norm_per_sample(input_gradients(logits, inputs))
 
 

@@ -9,6 +9,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gankit.errors import UsageError
 
@@ -69,6 +70,35 @@ def label_modes(labels: Tensor, classes: int = 10) -> dict[str, float]:
         return {"modes": 0.0, "reverse_kl": math.log(count)}
     q = seen / seen.sum()
     return {"modes": float(len(seen)), "reverse_kl": max(0.0, math.log(count) + float(torch.xlogy(q, q).sum()))}
+
+
+def share_metrics(counts: Tensor, samples: int, shares: Tensor) -> dict[str, float]:
+    """Score samples of a mixture whose modes have known, unequal shares.
+
+    counts: (K,) integers, valid samples by mode. samples: how many there were, valid or not. shares: (K,) of the truth,
+    positive, with sum 1.
+    modes: those with at least one valid sample. high_quality: share of valid samples. kl_to_truth: KL(q || shares) in nats,
+    q the histogram of the valid samples. worst_share_ratio: max over modes of max(q/p, p/q), 1 at best; a mode without
+    a sample counts as half a sample, so that one missing mode of share p gives 2 p N and the number stays finite.
+    Where no sample is valid, kl_to_truth is that of the rarest mode alone, the worst attainable, and every mode half a
+    sample. `UsageError` for counts and shares of different sizes or no samples.
+    """
+    if counts.shape != shares.shape or counts.ndim != 1 or samples < 1:
+        raise UsageError(
+            f"counts and shares are one number per mode, and samples 1 or more, not {tuple(counts.shape)}, "
+            f"{tuple(shares.shape)} and {samples}"
+        )
+    counts, p = counts.double().cpu(), shares.double().cpu()
+    valid = int(counts.sum())
+    rarest = F.one_hot(p.argmin(), len(p)).double()
+    q = counts / valid if valid else rarest
+    ratio = counts.clamp(min=0.5) / (valid or samples) / p
+    return {
+        "modes": float((counts > 0).sum()),
+        "high_quality": valid / samples,
+        "kl_to_truth": _kl(q, p),
+        "worst_share_ratio": float(torch.maximum(ratio, 1 / ratio).max()),
+    }
 
 
 def sliced_wasserstein(x: Tensor, y: Tensor, *, projections: int = 128, generator: torch.Generator) -> float:

@@ -122,6 +122,19 @@ def side_by_side(left: Image.Image, right: Image.Image, labels: tuple[str, str] 
     return canvas
 
 
+def stacked(images: Sequence[Image.Image], title: str) -> Image.Image:
+    """Put pictures of one width below each other, under a title."""
+    gap, head = 12, 44
+    height = head + sum(image.height + gap for image in images)
+    canvas = Image.new("RGB", (max(image.width for image in images), height), PAPER)
+    ImageDraw.Draw(canvas).text((gap, head / 2), title, INK, ImageFont.load_default(size=18), anchor="lm")
+    y = head
+    for image in images:
+        canvas.paste(image, (0, y))
+        y += image.height + gap
+    return canvas
+
+
 def save_png(image: Image.Image, path: str | os.PathLike[str]) -> None:
     """Write a PNG so that `path` is either the old file or the whole new one, also after a crash."""
     buffer = io.BytesIO()

@@ -16,6 +16,7 @@ from torch import Tensor
 from gankit.contract import watched
 from gankit.errors import UsageError
 from gankit.files import write_atomic
+from gankit.functional import logit_per_sample
 from gankit.gan import seeded
 from gankit.pictures import Limits
 from gankit.structure import modes_kept
@@ -81,10 +82,10 @@ def critic_field(gan: GAN, limits: Limits) -> Field | str:
         shown = watched(view).real
         if shown[0].shape != points.shape:
             return "D is shown several samples at once here, so a single point has no value"
-        logits = _logits(gan, shown)
+        logits = logit_per_sample(gan.discriminator(*shown))
         (slopes,) = torch.autograd.grad(logits.sum(), shown[0])
         with torch.no_grad():
-            alone = _logits(gan, tuple(t[:ALONE] for t in shown))
+            alone = logit_per_sample(gan.discriminator(*(t[:ALONE] for t in shown)))
     if not torch.allclose(alone, logits[:ALONE], rtol=1e-3, atol=1e-3):
         return "D's value of a sample depends on the rest of its batch here, so a single point has none"
     return Field(_plain(logits.view(GRID, GRID)), _plain(slopes.view(GRID, GRID, 2)), len(shown) > 1)
@@ -118,12 +119,6 @@ def load_reals(path: Path) -> Array:
     with _reading(path), np.load(path) as arrays:
         real: Array = arrays["real"]
     return real
-
-
-def _logits(gan: GAN, shown: tuple[Tensor, ...]) -> Tensor:
-    """One logit per sample: the mean of a patch critic's map."""
-    logits: Tensor = gan.discriminator(*shown)
-    return logits.flatten(1).mean(1) if logits.dim() > 1 else logits
 
 
 def _plain(tensor: Tensor) -> Array:

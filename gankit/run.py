@@ -8,7 +8,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -22,18 +22,21 @@ import safetensors.torch
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from gankit import __version__, losses, networks, pictures
+from gankit import __version__, losses, networks, pictures, plane
 from gankit import config as configuration
 from gankit import data as datasets
 from gankit.config import Config, Device
 from gankit.data import Dataset
+from gankit.diagnose import Finding, Record, Watch, diagnose
+from gankit.distributed import Together, team
 from gankit.errors import Diverged, UsageError
 from gankit.files import write_atomic
 from gankit.gan import GAN, Latent, Optim, derive_seed
 from gankit.loop import train
-from gankit.plugins import Source, create, load_object
-from gankit.rundir import RunDir
+from gankit.plugins import Source, available, create, find, load_object
+from gankit.rundir import Elsewhere, RunDir
 from gankit.sampler import Sampler
+from gankit.signals import Signals
 from gankit.training import (
     Averaging,
     Evaluator,
@@ -64,6 +67,9 @@ class Reporter(Protocol):
     def metrics(self, step: int, found: Mapping[str, float]) -> None:
         """An evaluation ended."""
 
+    def finding(self, finding: Finding) -> None:
+        """Something seems to be wrong; said once for each finding."""
+
     def stop(self) -> None:
         """Training ended."""
 
@@ -82,10 +88,11 @@ class Result:
     seconds: float
     plugins: list[str]
     signal: int | None = None
+    findings: tuple[Finding, ...] = ()
 
     def plain(self) -> dict[str, Any]:
         """The result in plain containers, for JSON."""
-        return {**vars(self), "run": str(self.run.path)}
+        return {**vars(self), "run": str(self.run.path), "findings": [finding.plain() for finding in self.findings]}
 
 
 # -- networks ------------------------------------------------------------------------------------------------------
@@ -107,7 +114,7 @@ def choose_threads(gan: GAN) -> int:
         gan.discriminator(*gan.first_view().real)
     gan.discriminator.train()
     many = counter.get_total_flops() / 2 > WORTH_THREADS
-    return min(os.cpu_count() or 1, 8) if many else 1
+    return max(1, min((os.cpu_count() or 1) // gan.team.here, 8)) if many else 1
 
 
 def assemble(config: Config, shape: tuple[int, ...], core: Mapping[str, object]) -> tuple[GAN, list[Source]]:
@@ -135,6 +142,7 @@ def assemble(config: Config, shape: tuple[int, ...], core: Mapping[str, object])
         architecture=architecture,
         allow=frozenset(config.allow),
     )
+    gan.steps = config.steps
     return gan, sources
 
 
@@ -145,34 +153,43 @@ class Session:
     """A built GAN with everything that trains and records it in one run's folder."""
 
     def __init__(self, config: Config, data: Dataset, run: RunDir, reporter: Reporter) -> None:
-        """``config`` is resolved. Networks are built and refusals made; nothing is written."""
+        """``config`` is resolved. Networks are built and refusals made; nothing is written.
+
+        In a team process 0 alone writes to ``run``, evaluates, and has the others wait.
+        """
         assert config.steps is not None and config.batch is not None and config.eval_samples is not None
         assert config.eval_every is not None and config.save_every is not None
         assert config.ema is not None and config.decay_from is not None and config.decay_to is not None
         device = choose_device(config.device)
+        self.team = team()
+        self.team.check(config.batch, device)
+        run = run if self.team.rank == 0 else Elsewhere(run.path)
         self.run, self.reporter, self.steps = run, reporter, config.steps
         self.data = data.to(device)
-        sampler = Sampler(
-            self.data, config.batch, torch.Generator(device).manual_seed(derive_seed(config.seed, "data"))
-        )
+        stream = torch.Generator(device).manual_seed(derive_seed(config.seed, "data"))
+        sampler = Sampler(self.data, config.batch, stream, self.team)
         self.metrics = Metrics(self.data, config.eval_samples)
-        self.stats = Stats(config.log_every, partial(run.append, "stats.jsonl"))
-        self.evaluator = Evaluator(run, self.data, config.eval_every, config.steps, self.stats, reporter.metrics)
+        self.stats = Stats(config.log_every, self.log)
+        self.evaluator = Evaluator(run, self.data, config.eval_every, config.steps, self.stats, Watch(run, reporter))
         self.saver = Saver(run, self.evaluator, config.save_every, config.steps, config.keep, self.stats)
+        self.together = Together(self.team, self.evaluator)
         core = {
             "data": sampler,
             "averaging": Averaging(config.ema),
             "decay": LinearDecay(config.decay_from, config.steps, config.decay_to),
             "stats": self.stats,
             "metrics": self.metrics,
+            "signals": Signals(self.data, partial(run.append, "signals.jsonl")),
             "reporter": reporter,
-            "evaluator": self.evaluator,
+            **({"evaluator": self.evaluator} if self.team.rank == 0 else {}),
+            **({"team": self.together} if self.team.size > 1 else {}),
             "saver": self.saver,
         }
         self.gan, sources = assemble(config, data.shape, core)
-        self.gan.next_real = sampler
-        self.gan.data, self.gan.progress = self.data, reporter.loading
+        self.gan.next_real, self.gan.team = sampler, self.team
+        self.gan.data, self.gan.progress, self.gan.folder = self.data, reporter.loading, run.path
         self.gan.build()
+        self.team.unite(self.gan)
         if device.type == "cuda":
             self.gan.manager.meter.clock = _cuda_clock
         threads = choose_threads(self.gan) if config.threads == "auto" else config.threads
@@ -183,34 +200,48 @@ class Session:
             "config": configuration.plain(self.config),
             "plugins": self.plugins,
             "gankit": __version__,
+            "processes": self.team.size,
         }
 
+    def log(self, row: dict[str, Any]) -> None:
+        """Write a line of stats.jsonl; in a team ``row`` becomes the mean of all processes' rows, but for the times."""
+        if self.team.size > 1:
+            row |= self.team.mean({k: v for k, v in row.items() if k != "step" and not k.startswith("ms/")})
+        self.run.append("stats.jsonl", row)
+
     def record(self, summary: datasets.Summary) -> None:
-        """Write what is known before the first step."""
+        """Write what is known before the first step; for process 0."""
         run, data = self.run, self.data
         write_atomic(run.path / "config.toml", configuration.to_toml(self.config))
         run.write_json("plugins.json", self.plugins)
-        run.write_json("env.json", environment(self.gan.device))
+        run.write_json("env.json", {**environment(self.gan.device), "processes": self.team.size})
         run.write_json("data.json", asdict(summary))
         if data.is_image:
             pictures.save_png(pictures.image_grid(data.held_out(64).cpu(), 8), run.samples / "reals.png")
+        elif data.shape == (2,):
+            plane.save_reals(data.held_out(2500), run.samples / "reals.npz")
         run.append("metrics.jsonl", {"step": None, **measure(self.gan, truth=data)})
         record_provenance(self.gan, run)
 
-    def restore(self, checkpoint: Path, changeable: tuple[str, ...] = ()) -> None:
-        """Continue from a checkpoint of this run; UsageError when settings or plugins are not what they were."""
+    def restore(self, changeable: tuple[str, ...] = ()) -> None:
+        """Continue from the latest checkpoint; UsageError when settings or plugins are not what they were."""
+        state, weights = self.team.led(partial(self._checkpoint, changeable))
+        self.gan.load_weights(weights)
+        self.gan.load_state_dict(state)
+        self.run.trim(self.gan.step)
+        self.saver.saved = self.gan.step
+
+    def _checkpoint(self, changeable: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
+        checkpoint = self.run.checkpoint("latest")
         state = self.run.load_state(checkpoint)
-        changed = configuration.differences(state["facts"], self.saver.facts)
+        changed = configuration.differences({"processes": 1, **state["facts"]}, self.saver.facts)
         changed = [change for change in changed if not change.startswith(tuple(f"{name}:" for name in changeable))]
         if changed:
             raise UsageError(
                 f"{self.run.path} cannot be continued, because this has changed since its checkpoint: "
                 f"{'; '.join(changed)}"
             )
-        self.gan.load_weights(self.run.load_weights(checkpoint, self.gan.weights()))
-        self.gan.load_state_dict(state)
-        self.run.trim(self.gan.step)
-        self.saver.saved = self.gan.step
+        return state, self.run.load_weights(checkpoint, self.gan.weights())
 
     def train(self) -> Result:
         """Train to the end or to a signal, and record how it ended."""
@@ -218,17 +249,24 @@ class Session:
         self.stats.started = started
         self.reporter.start(self.gan, self.run, self.steps)
         try:
-            with stoppable(self.gan) as received:
+            with stoppable(self.together if self.team.size > 1 else self.gan) as received:
                 train(self.gan, self.steps)
                 if self.saver.saved != self.gan.step:
                     self.saver.now(self.gan)
         except Diverged as error:
-            kept = (
-                f"the last good checkpoint is {self.run.steps()[-1]}" if self.run.steps() else "nothing was saved yet"
-            )
-            raise Diverged(f"{error}; {kept}; lower --lr-g and --lr-d, or a plugin's weight") from error
+            self.run.append("signals.jsonl", {"step": self.gan.step, "diverged": str(error)})
+            saved = self.run.checkpoints / f"step-{self.saver.saved:06d}"
+            kept = f"the last good checkpoint is {saved}" if self.saver.saved else "nothing was saved yet"
+            raise Diverged(
+                f"{error}; {kept}; lower --lr-g and --lr-d, or a plugin's weight (gankit diagnose {self.run.path})"
+            ) from error
         finally:
             self.reporter.stop()
+        seconds = time.perf_counter() - started
+        return self.team.led(partial(self._conclude, seconds, received[0] if received else None))
+
+    def _conclude(self, seconds: float, signal: int | None) -> Result:
+        """Record how training ended."""
         truth, *evaluations = self.run.rows("metrics.jsonl")
         result = Result(
             run=self.run,
@@ -238,9 +276,10 @@ class Session:
             metrics={k: v for k, v in evaluations[-1].items() if k != "step"} if evaluations else {},
             truth={k: v for k, v in truth.items() if k != "step"},
             stats=self.stats.last,
-            seconds=time.perf_counter() - started,
+            seconds=seconds,
             plugins=list(self.plugins),
-            signal=received[0] if received else None,
+            signal=signal,
+            findings=diagnose(Record.read(self.run)).findings,
         )
         self.run.write_json("summary.json", result.plain())
         with suppress(UsageError):  # matplotlib is an extra
@@ -278,15 +317,18 @@ def _cuda_clock() -> float:
 
 
 @contextmanager
-def stoppable(gan: GAN) -> Iterator[list[int]]:
-    """SIGINT and SIGTERM end training after the running step; a second one aborts. Yields the signals received."""
+def stoppable(stopping: GAN | Together) -> Iterator[list[int]]:
+    """SIGINT and SIGTERM end training after the running step. Yields the signals received.
+
+    A second one aborts, but not in a team: there it comes by itself, from the terminal and from torchrun.
+    """
     received: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if received:
+        if received and isinstance(stopping, GAN):
             raise KeyboardInterrupt
         received.append(number)
-        gan.stop = True
+        stopping.stop = True
 
     before: dict[int, Any] = {}
     with suppress(ValueError):  # outside the main thread the caller looks after signals
@@ -312,13 +354,17 @@ def start(config: Config, reporter: Reporter) -> Result:
     summary = datasets.summary(data)
     reporter.data(summary)
     label = "-".join(Path(name.rpartition(":")[2]).stem for name in (config.data, *config.plugin))
-    run = RunDir.create(Path(config.out), config.name, label)
+    members = team()
+    run = members.led(partial(RunDir.create, Path(config.out), config.name, label))
     try:
         session = Session(config, data, run, reporter)
-        session.record(summary)
-        torch.manual_seed(derive_seed(config.seed, "global"))  # for a user's own layers, such as dropout
+        if members.rank == 0:
+            session.record(summary)
+        own = ("rank", str(members.rank)) if members.rank else ()
+        torch.manual_seed(derive_seed(config.seed, *own, "global"))  # for a user's own layers, such as dropout
     except BaseException:
-        run.remove()
+        if members.rank == 0:
+            run.remove()
         raise
     return session.train()
 
@@ -335,30 +381,62 @@ def dry_run(config: Config, reporter: Reporter) -> Session:
 
 
 def recorded_config(run: RunDir) -> Config:
-    """The configuration in a run's folder."""
-    return configuration.make(*configuration.read_toml(run.path / "config.toml"))
+    """The configuration in a run's folder; UsageError if a plugin it was made with is not installed any more."""
+    config = configuration.make(*configuration.read_toml(run.path / "config.toml"))
+    facts = run.read_json("plugins.json") if (run.path / "plugins.json").exists() else {}
+    for name in config.plugin:
+        if name in facts and ":" not in name and name not in available():
+            package = f"{facts[name]['distribution']} {facts[name]['version']}"
+            raise UsageError(f"{run.path} was made with the plugin {name!r} ({package}), which is not installed")
+    return config
 
 
-def resume(run: RunDir, reporter: Reporter, steps: int | None = None) -> Result:
-    """``gankit resume``: continue from the latest checkpoint, bit for bit; ``steps`` sets a new end."""
+def _unfinished(run: RunDir, steps: int | None) -> Config:
     config = recorded_config(run)
     ended = run.path / "summary.json"
     if steps is None and ended.exists() and run.read_json("summary.json")["status"] == "finished":
         raise UsageError(f"{run.path} has finished its {config.steps} steps: give --steps to go on")
-    extended = replace(config, steps=steps or config.steps)
-    session = Session(extended, read_data(config, reporter), run, reporter)
-    session.restore(run.checkpoint("latest"), changeable=("config.steps",) if steps else ())
-    if steps:
+    return replace(config, steps=steps or config.steps)
+
+
+def resume(run: RunDir, reporter: Reporter, steps: int | None = None) -> Result:
+    """``gankit resume``: continue from the latest checkpoint, bit for bit; ``steps`` sets a new end."""
+    config = team().led(partial(_unfinished, run, steps))
+    session = Session(config, read_data(config, reporter), run, reporter)
+    session.restore(changeable=("config.steps",) if steps else ())
+    if steps and session.team.rank == 0:
         write_atomic(run.path / "config.toml", configuration.to_toml(session.config))
     return session.train()
 
 
-def load(run: RunDir, checkpoint: str | None = None, device: Device = "auto") -> tuple[GAN, Config]:
-    """The networks of a recorded run, without its data; ``checkpoint``: "best" (the default), "latest" or a step."""
+def load(
+    run: RunDir,
+    checkpoint: str | None = None,
+    device: Device = "auto",
+    measuring: Sequence[str] = (),
+    options: configuration.Options | None = None,
+) -> tuple[GAN, Config]:
+    """The networks of a recorded run, without its data; ``checkpoint``: "best" (the default), "latest" or a step.
+
+    measuring, options: plugins to add, and their options; UsageError for those that do more than measure. One that the run
+    has already is there with the new options alone.
+    """
     config = replace(recorded_config(run), device=device)
+    added = {find(spec).name for spec in measuring}
+    kept = tuple(spec for spec in config.plugin if find(spec).name not in added)
+    known = {name: chosen for name, chosen in config.options.items() if name not in added}
+    config = replace(config, plugin=(*kept, *measuring), options=known | (options or {}))
     assert config.ema is not None
     shape = tuple(run.read_json("data.json")["shape"])
-    gan, _ = assemble(config, shape, {"averaging": Averaging(config.ema)})
+    gan, sources = assemble(config, shape, {"averaging": Averaging(config.ema)})
+    for source in sources[len(kept) :]:
+        callers = gan.manager.get_hookcallers(gan.plugins[source.name]) or []
+        hooks = sorted(caller.name for caller in callers)
+        if not {"evaluate"} <= {*hooks} <= {"evaluate", "setup"}:
+            raise UsageError(
+                f"plugin {source.name!r} acts on training (by {', '.join(hooks)}), which is over: only plugins that "
+                "measure can be added now"
+            )
     gan.build()
     folder = run.checkpoint(checkpoint)
     gan.load_weights(run.load_weights(folder, gan.weights()))
@@ -372,9 +450,14 @@ def evaluate(
     checkpoint: str | None = None,
     device: Device = "auto",
     samples: int | None = None,
+    measuring: Sequence[str] = (),
+    options: configuration.Options | None = None,
 ) -> tuple[int, dict[str, float], dict[str, float], dict[str, dict[str, Any]]]:
-    """Step and metrics of a recorded run's checkpoint, the true data's own on as many samples, and their provenance."""
-    gan, config = load(run, checkpoint, device)
+    """Step and metrics of a recorded run's checkpoint, the true data's own on as many samples, and their provenance.
+
+    measuring, options: further plugins, as for :func:`load`.
+    """
+    gan, config = load(run, checkpoint, device, measuring, options)
     gan.data, gan.progress = read_data(config, reporter).to(gan.device), reporter.loading
     assert config.eval_samples is not None
     gan.manager.register(Metrics(gan.data, samples or config.eval_samples), "metrics")

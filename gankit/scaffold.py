@@ -23,20 +23,12 @@ KINDS = {  # kind: what the README states as formula until the author writes the
     "evaluate": "mean_f std_i G(z_i)_f",
 }
 LICENSES = ("MIT", "BSD-3-Clause", "Apache-2.0")
-_ATTACH = 'import gankit\n\nattached = gankit.attach(G, D, ["$name"])\n'
-_USAGE = {  # in one's own loop, for the README
-    "d-term": _ATTACH + "d_loss = d_loss + attached.d_terms(real, fake, z)",
-    "g-term": _ATTACH + "g_loss = g_loss + attached.g_terms(real, fake, z)",
-    "view": _ATTACH + "d_loss = attached.d_loss(real, fake, z)  # the whole loss, on what D is shown",
-    "setup": _ATTACH + "attached.setup(real, fake, z)  # once, on samples like those to come",
-    "evaluate": "from $module import $name\n\nprint($name(fake))",
-}
 _RUN = "from gankit.testing import plugin_checks"
 _IMPORTS = {  # of the tests
-    "d-term": f"import pytest\nimport torch\n{_RUN}",
+    "d-term": f"import gankit\nimport pytest\nimport torch\nfrom gankit import UsageError\n{_RUN}\nfrom torch import nn",
     "g-term": f"import numpy as np\nimport pytest\nimport torch\n{_RUN}",
     "view": f"import pytest\nimport torch\n{_RUN}",
-    "setup": f"import pytest\nimport torch\n{_RUN}\nfrom torch import nn",
+    "setup": f"import pytest\nimport torch\nfrom gankit import UsageError\n{_RUN}, tiny_gan\nfrom torch import nn",
     "evaluate": f"import numpy as np\nimport pytest\nimport torch\n{_RUN}",
 }
 
@@ -64,8 +56,8 @@ def render(name: str, kind: str, *, license: str = "MIT", author: str = "") -> d
         "names": f"{cls}, {name}_penalty" if kind == "d-term" else f"{cls}, {name}",
         "minor": f"{major}.{minor}", "next": f"{major}.{minor + 1}",
     }  # fmt: skip
-    known["usage"] = Template(_USAGE[kind]).substitute(known)
-    known["test_body"] = Template(_template(f"{kind}.test")).substitute(known).rstrip()
+    for part in ("readme", "test"):
+        known[part] = Template(_template(f"{kind}.{part}")).substitute(known).rstrip()
     homes = {
         "pyproject.toml": "pyproject.toml", "README.md": "README.md", f"gankit_{name}.py": f"{kind}.py",
         f"tests/test_{name}.py": "test.py", ".github/workflows/tests.yml": "workflow.yml", ".gitignore": "gitignore",

@@ -22,8 +22,13 @@ from gankit.hookspecs import hookimpl
 from gankit.provenance import metric_of
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from gankit.bench import Suite
     from gankit.data import Summary
+    from gankit.diagnose import Diagnosis, Finding
     from gankit.gan import GAN
+    from gankit.results import Row
     from gankit.run import Result, Session
     from gankit.rundir import RunDir
     from gankit.training import Stats
@@ -34,6 +39,9 @@ METRICS: dict[str, tuple[str, str]] = {
     "high_quality": ("high quality", "{:.1%}"),
     "reverse_kl": ("reverse KL", "{:.4f}"),
     "jsd": ("Jensen-Shannon", "{:.4f}"),
+    "kl_to_truth": ("KL to the true shares", "{:.4f}"),
+    "worst_share_ratio": ("worst share, times off", "{:.2f}"),
+    "rare_share": ("share of rare modes", "{:.1%}"),
     "sliced_wasserstein": ("sliced Wasserstein", "{:.4f}"),
     "energy_distance": ("energy distance", "{:.5f}"),
     "inception_score": ("Inception score", "{:.3f}"),
@@ -41,6 +49,8 @@ METRICS: dict[str, tuple[str, str]] = {
     "kid": ("KID", "{:.5f}"),
     "precision": ("precision", "{:.1%}"),
     "recall": ("recall", "{:.1%}"),
+    "ivom": ("IvOM", "{:.5f}"),
+    "reconstruction_error": ("reconstruction error", "{:.5f}"),
 }
 REFRESH = 0.25  # seconds between redraws of the bar: drawing competes with training for the interpreter
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
@@ -65,7 +75,7 @@ class Terminal:
         self.console = console
         self.bar: Progress | None = None
         self.stats: Stats | None = None
-        self.latest = ""
+        self.latest = self.path = ""
         self.steps = 0
         self.first = 0
         self.started = self.drawn = time.perf_counter()
@@ -101,7 +111,7 @@ class Terminal:
     def start(self, gan: GAN, run: RunDir, steps: int) -> None:
         """Say what trains where, and show the bar."""
         self.stats = gan.manager.get_plugin("stats")
-        self.steps, self.first = steps, gan.step
+        self.steps, self.first, self.path = steps, gan.step, str(run.path)
         self.console.print(escape(networks_line(gan)), highlight=False, soft_wrap=True)
         self.console.print(f"run: [bold]{escape(str(run.path))}[/]", highlight=False, soft_wrap=True)
         self.started = self.drawn = time.perf_counter()
@@ -141,6 +151,14 @@ class Terminal:
         self.latest = "  ".join(f"{label(metric_of(name))} {shown(name, found[name])}" for name in chosen)
         if not self.bar:
             self.console.print(f"step {step}/{self.steps}  {self.text()}", highlight=False)
+
+    def finding(self, finding: Finding) -> None:
+        """A warning above the bar."""
+        self.console.print(
+            f"[yellow]warning:[/] {finding.name} ({finding.word}): {escape(finding.seen)}; "
+            f"what to try: gankit diagnose {escape(self.path)}",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
 
     def stop(self) -> None:
         """Take the bar down."""
@@ -201,10 +219,83 @@ def show_result(console: Console, result: Result, plugins: Iterable[str]) -> Non
     lines = [f"picture: {path}" for path in sorted(result.run.samples.glob("fakes-*.png"))[-1:]]
     curves = result.run.path / "curves.png"
     lines.append(f"curves: {curves}" if curves.exists() else 'curves: pip install "gankit[plot]" to have them drawn')
+    page = result.run.path / "report.html"
+    lines.append(f"report: {page if page.exists() else f'gankit report {result.run.path}'}")
     name, command = ("continue", "resume") if result.status == "interrupted" else ("sample", "sample")
     lines.append(f"{name}: gankit {command} {result.run.path}")
+    if result.findings:
+        names = ", ".join(f"{finding.name} ({finding.word})" for finding in result.findings)
+        lines.append(f"found: {names}; what to try: gankit diagnose {result.run.path}")
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def show_diagnosis(console: Console, path: Path, diagnosis: Diagnosis) -> None:
+    """What was found, the surest first, with what to try; what was looked at; and what could not be."""
+    console.print(str(path), highlight=False, markup=False, soft_wrap=True)
+    told: dict[object, str] = {}
+    for finding in diagnosis.findings:
+        console.print(f"\n[bold]{finding.name}[/]: {finding.word}", highlight=False)
+        console.print(f"  seen: {escape(finding.seen)}", highlight=False, soft_wrap=True)
+        before = told.setdefault(finding.to_try, finding.name)
+        if before != finding.name:
+            console.print(f"  try: as for {before}", highlight=False)
+            continue
+        for number, suggestion in enumerate(finding.to_try, 1):
+            console.print(f"  try {number}: {escape(suggestion.why)}", highlight=False, soft_wrap=True)
+            console.print(f"         {escape(suggestion.command)}", highlight=False, soft_wrap=True)
+    console.print(f"\n{'no sign of' if diagnosis.findings else 'nothing found; looked at'}: "
+                  f"{', '.join(diagnosis.healthy) or 'nothing'}", highlight=False, soft_wrap=True)  # fmt: skip
+    for name, reason in diagnosis.unknown.items():
+        console.print(f"[dim]not looked at: {name}: {escape(reason)}[/]", highlight=False, soft_wrap=True)
+
+
+class BenchProgress:
+    """Progress of a suite: a bar on a terminal, a line per run elsewhere."""
+
+    def __init__(self, console: Console, name: str) -> None:
+        self.console, self.name = console, name
+        columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn())
+        self.bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console, expand=True)
+        self.task = self.bar.add_task(name, total=None)
+
+    def __enter__(self) -> BenchProgress:
+        if self.console.is_terminal:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def __call__(self, cell: Any, done: int, total: int) -> None:
+        """A cell ended; or, at the start, None."""
+        self.bar.update(self.task, completed=done, total=total)
+        if not self.console.is_terminal:
+            self.console.print(f"{self.name}: {done} of {total} runs{f', {cell.name}' if cell else ''}", highlight=False)
+
+
+def show_bench(console: Console, suite: Suite, rows: list[Row], folder: Path) -> None:
+    """The tables of a suite, and where everything lies."""
+    from gankit.results import cells_of, legend, tabulate
+
+    console.print(f"\n[bold]{escape(suite.title)}[/], protocol: {escape(suite.protocol)}", highlight=False)
+    for table in tabulate(suite, rows):
+        header, body = cells_of(table, brief=True)
+        shown_table = Table(*map(escape, header[:1]), box=None, header_style="bold", pad_edge=False)
+        for name in header[1:]:
+            shown_table.add_column(escape(name), justify="right")
+        for row in body:
+            shown_table.add_row(*(escape(cell.replace("`", "").replace("*", "")) for cell in row))
+        steps = table.lines[0].steps if table.lines else 0
+        console.print(f"\n{escape(table.data)}, {steps:,} steps", highlight=False)
+        console.print(shown_table)
+        for line in table.lines:
+            for reason in line.failed:
+                console.print(f"[yellow]{escape(line.method)} failed,[/] {escape(reason)}", highlight=False, soft_wrap=True)
+    console.print(f"\n[dim]{escape(legend(suite))}[/]", highlight=False)
+    for name in ("results.md", "results.json", "results.html"):
+        if (folder / name).exists():
+            console.print(f"tables: {folder / name}", highlight=False, markup=False, soft_wrap=True)
 
 
 def show_order(console: Console, session: Session) -> None:

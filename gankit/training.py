@@ -7,12 +7,13 @@ import math
 import time
 from collections.abc import Callable, Generator, Mapping
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gankit import metrics, pictures
+from gankit import metrics, pictures, plane
 from gankit.data import Dataset
 from gankit.errors import Diverged
 from gankit.gan import GAN, derive_seed
@@ -208,7 +209,7 @@ class Metrics:
         """All metrics of (n, \\*shape) samples."""
         found: dict[str, float] = {}
         if self.data.modes is not None:
-            found |= metrics.mode_metrics(samples, self.data.modes.centers, self.data.modes.radius)
+            found |= self.data.modes.metrics(samples)
         generator = torch.Generator().manual_seed(0)
         found["sliced_wasserstein"] = metrics.sliced_wasserstein(samples, self.held_out, generator=generator)
         found["energy_distance"] = metrics.energy_distance(samples[:2000], self.held_out[:2000])
@@ -298,14 +299,19 @@ def record_provenance(gan: GAN, run: RunDir) -> None:
 def goodness(found: Mapping[str, float]) -> list[float]:
     """By what the best checkpoint is chosen: more modes, more of high quality, then less sliced Wasserstein distance.
 
-    A higher ``resolution``, which a growing generator reports, beats all of these: coarse images score well.
+    Where the modes' true shares are unequal, nearer shares beat quality, which the most frequent mode alone would
+    win. A higher ``resolution``, which a growing generator reports, beats all of these: coarse images score well.
     """
     found = {metric_of(name): value for name, value in found.items()}
-    return [*(found.get(name, 0.0) for name in ("resolution", "modes", "high_quality")), -found["sliced_wasserstein"]]
+    more = {name: found.get(name, 0.0) for name in ("resolution", "modes", "high_quality", "kl_to_truth")}
+    return [more["resolution"], more["modes"], -more["kl_to_truth"], more["high_quality"], -found["sliced_wasserstein"]]
 
 
-def picture(gan: GAN, data: Dataset, path: Any) -> None:
-    """What the generator makes now: points over the true ones, or a grid beside true images; always the same latents."""
+def picture(gan: GAN, data: Dataset, path: Path) -> None:
+    """What the generator makes now: points over the true ones, or a grid beside true images; always the same latents.
+
+    Of 2-D data also what ``gankit report`` draws, ``fakes-<step>.npz``: the points, and D's value and gradient under them.
+    """
     stream = torch.Generator(gan.device).manual_seed(derive_seed(gan.seed, "picture"))
     if data.is_image:
         columns = 8
@@ -315,6 +321,8 @@ def picture(gan: GAN, data: Dataset, path: Any) -> None:
         real, fake = data.held_out(2500).cpu(), gan.draw(2500, stream).cpu()
         limits = pictures.scatter_limits(real)  # of the real samples alone, so that all of a run's pictures agree
         made = pictures.scatter(real, fake, title=f"step {gan.step}", limits=limits)
+        if data.shape == (2,):
+            plane.save_frame(gan, fake, limits, path.with_suffix(".npz"))
     pictures.save_png(made, path)
 
 

@@ -32,7 +32,7 @@ CEILING = 1 - math.exp(-4.5)
 
 
 def test_names_of_the_interface():
-    assert NAMES == ("ring", "grid", "gaussians1200", "mnist", "stacked-mnist")
+    assert NAMES == ("ring", "grid", "gaussians1200", "heavy-mode", "mnist", "stacked-mnist")
 
 
 def test_split_is_a_fixed_tenth_and_loses_nothing(tmp_path):
@@ -961,7 +961,7 @@ def test_callables_that_fail(mydata, name, match):
         ("rnig", "did you mean 'ring'"),
         ("MNIST", "did you mean 'mnist'"),
         ("stacked_mnist", "did you mean 'stacked-mnist'"),
-        ("qqq", "ring, grid, gaussians1200, mnist, stacked-mnist"),
+        ("qqq", "ring, grid, gaussians1200, heavy-mode, mnist, stacked-mnist"),
         ("", "no data set"),
         ("some/folder", "no file or folder some/folder"),
         ("photos.zip", "no file or folder"),

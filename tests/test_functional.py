@@ -16,6 +16,7 @@ from gankit.functional import (
     extra_pass,
     input_gradients,
     interpolate,
+    logit_per_sample,
     mixing_weights,
     norm_per_sample,
     squared_gradient_norm,
@@ -236,6 +237,27 @@ def test_the_graph_reaches_the_weights(shape: tuple[int, ...], seed: int) -> Non
     np.testing.assert_allclose(dw.numpy(), 3 * x.detach().square().sum(0).numpy(), rtol=1e-12)
 
 
+def test_a_bare_tensor_is_the_only_input() -> None:
+    x = randn(4, 3).requires_grad_()
+    logits = x.pow(3).sum(1)
+    torch.testing.assert_close(input_gradients(logits, x), (3 * x.square(),))
+    torch.testing.assert_close(squared_gradient_norm(logits, x), 9 * x.pow(4).sum(1))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1), (2, 3), (1, 2, 2)])
+def test_a_sample_s_logit_is_the_mean_of_its_own(shape: tuple[int, ...]) -> None:
+    logits = randn(5, *shape)
+    expected = [np.mean(row) for row in logits.numpy()]
+    np.testing.assert_allclose(logit_per_sample(logits).numpy(), expected, rtol=1e-12)
+
+
+def test_the_mean_over_the_batch_is_no_logit_of_a_sample() -> None:
+    x = randn(4, 3).requires_grad_()
+    for refuses in (logit_per_sample, lambda mean: input_gradients(mean, x)):
+        with pytest.raises(ValueError, match="one logit per sample"):
+            refuses(x.sum(1).mean())
+
+
 # -- norm_per_sample -----------------------------------------------------------------------------------------------
 
 
@@ -330,8 +352,9 @@ def test_a_slope_that_is_not_there_is_refused() -> None:
         (x.detach().sum(1), (x,)),
         (x.sum(1), (x, randn(4, 2))),
     ]:
-        with pytest.raises(ValueError, match="there is no slope to take"):
-            squared_gradient_norm(logits, inputs)
+        for slope in (input_gradients, squared_gradient_norm):
+            with pytest.raises(ValueError, match="there is no slope to take"):
+                slope(logits, inputs)
 
 
 def test_an_extra_pass_gives_the_same_and_moves_no_buffer() -> None:

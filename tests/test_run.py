@@ -78,7 +78,7 @@ def test_a_run_writes_what_it_promises() -> None:
     run = Path("runs/00000-ring-gradient_penalty")
     assert {p.name for p in run.iterdir()} == {
         "config.toml", "plugins.json", "env.json", "data.json", "stats.jsonl", "metrics.jsonl", "summary.json",
-        "samples", "curves.png", "checkpoints",
+        "signals.jsonl", "samples", "curves.png", "report.html", "checkpoints",
     }  # fmt: skip
     assert json.loads((run / "plugins.json").read_text())["gradient_penalty"]["version"]
     assert '[options.gradient_penalty]\nweight = "3"\n' in (run / "config.toml").read_text()
@@ -250,6 +250,44 @@ def test_sample_and_evaluate() -> None:
     gankit("sample", "r", "--to", "x.jpg", code=2)
 
 
+MEASURING = """
+from dataclasses import dataclass
+import gankit
+
+@dataclass(eq=False)
+class Mean:
+    times: float = 1.0
+
+    @gankit.hookimpl
+    def setup(self, gan):
+        assert self.times != 13
+
+    @gankit.hookimpl
+    def evaluate(self, draw):
+        return {"mean": self.times * float(draw(100).mean())}
+"""
+
+
+def test_evaluate_adds_plugins_that_measure_and_no_others() -> None:
+    Path("own.py").write_text(MEASURING)
+    gankit("run", *FAST, "--plugin", "r1", "--name", "r")
+    plain = json.loads(gankit("evaluate", "r", "--json").stdout)["metrics"]
+    once = json.loads(gankit("evaluate", "r", "--plugin", "own.py:Mean", "--json").stdout)
+    twice = json.loads(gankit("evaluate", "r", "-p", "own.py:Mean", "-o", "mean.times=2", "--json").stdout)
+    assert {name: value for name, value in once["metrics"].items() if name != "mean"} == plain
+    assert twice["metrics"]["mean"] == pytest.approx(2 * once["metrics"]["mean"]) != 0
+    assert twice["truth"]["mean"] == pytest.approx(2 * once["truth"]["mean"])
+    gankit("run", *FAST, "--plugin", "own.py:Mean", "-o", "mean.times=3", "--name", "has-it")
+    with_it = [json.loads(gankit("evaluate", "has-it", "--json", *new).stdout)["metrics"]["mean"]
+               for new in ([], ["-p", "own.py:Mean"], ["-p", "own.py:Mean", "-o", "mean.times=6"])]  # fmt: skip
+    assert with_it == pytest.approx([with_it[0], with_it[0] / 3, 2 * with_it[0]])
+    for plugin, hooks in (("r2", "pre_d_loss"), ("r1", "pre_d_loss"), ("spectral_norm", "setup")):
+        output = gankit("evaluate", "r", "--plugin", plugin, code=2).output
+        assert f"plugin {plugin!r} acts on training" in output and hooks in output
+    assert "no option 'time'" in gankit("evaluate", "r", "-p", "own.py:Mean", "-o", "mean.time=1", code=2).output
+    assert "--plugin meen is not" in gankit("evaluate", "r", "-p", "own.py:Mean", "-o", "meen.a=1", code=2).output
+
+
 def test_exported_weights_are_ordinary_ones_with_spectral_norm_folded_in() -> None:
     gankit("run", "--plugin", "spectral_norm", *FAST, "--name", "r")
     assert "runs/r/export/generator_ema.safetensors" in gankit("export", "r", "--checkpoint", "latest").output
@@ -393,3 +431,33 @@ def test_a_discriminator_that_cannot_score_the_view_is_one_sentence() -> None:
     Path("mine.py").write_text("import torch\ndef d(): return torch.nn.Linear(2, 1)\n")
     output = gankit("run", "--discriminator", "./mine.py:d", "--plugin", "bigan", *FAST, code=2).output
     assert "tensors of shape (16, 2), (16, 1)" in output
+
+
+def test_a_run_whose_plugin_is_gone_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    gankit("run", "--plugin", "r1", "--name", "r", *FAST)
+    import gankit.run as running
+
+    known = running.available()
+    monkeypatch.setattr(running, "available", lambda: {name: ep for name, ep in known.items() if name != "r1"})
+    for command in (["evaluate", "runs/r"], ["sample", "runs/r"], ["resume", "runs/r", "--steps", "20"]):
+        result = gankit(*command, code=2)
+        assert "runs/r was made with the plugin 'r1' (gankit-r1 0.1.0), which is not installed" in result.output
+
+
+def test_a_plugin_knows_how_long_the_run_is() -> None:
+    from gankit import GAN, hookimpl
+    from gankit.testing import run
+
+    class Schedule:
+        seen: list[int | None] = []
+
+        @hookimpl
+        def setup(self, gan: GAN) -> None:
+            self.seen.append(gan.steps)
+
+        @hookimpl
+        def post_step(self, gan: GAN) -> None:
+            self.seen.append(gan.steps)
+
+    run({"schedule": Schedule()}, steps=2)
+    assert Schedule.seen == [None, 2, 2, 2, 2]  # a bare loop learns it when it trains; `gankit run` knows before

@@ -1,7 +1,10 @@
 """`gankit new-plugin`: every kind is a project that installs, passes its own tests, builds a wheel, and is found."""
 
+import dataclasses
+import importlib
 import re
 import subprocess
+import sys
 import sysconfig
 import venv
 from pathlib import Path
@@ -11,17 +14,11 @@ from click.testing import CliRunner
 
 from gankit import UsageError
 from gankit.cli import main
+from gankit.options import options_of
+from gankit.plugins import find
 from gankit.scaffold import KINDS, LICENSES, render, write
 
-SETTING = """
-import torch
-from torch import nn
-
-G, D = nn.Linear(4, 2), nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1))
-real, z = torch.randn(6, 2), torch.randn(6, 4)
-fake = G(z)
-d_loss, g_loss = D(fake.detach()).mean() - D(real).mean(), -D(fake).mean()
-"""
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +50,44 @@ def test_a_rendered_project_is_publishable(kind: str, python: Path, tmp_path: Pa
     assert " passed" in call(python, "pytest", "-q", cwd=project)
     call(python, "ruff", "check", "--isolated", "--select", "E,F,I,UP,B", "--line-length", "120", ".", cwd=project)
     call(python, "ruff", "format", "--isolated", "--line-length", "120", "--check", ".", cwd=project)
-    (example,) = re.findall(r"^```python\n(.*?)^```", (project / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    (project / "example.py").write_text(SETTING + example)
+    examples = re.findall(r"^```python\n(.*?)^```", (project / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(examples) == (1 if kind == "evaluate" else 2)
+    (project / "example.py").write_text("\n".join(examples))
     call(python, "example", cwd=project)
     assert name in call(python, "gankit", "plugins", cwd=tmp_path)
     assert " 0 failed" in call(python, "gankit", "check", name, cwd=tmp_path)
     assert "finished" in call(
         python, "gankit", "run", "--plugin", name, "--steps", "3", "--eval-samples", "50", cwd=tmp_path
     )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_readme_has_what_a_page_of_the_gallery_needs(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "_mkdocs"))
+    gallery = importlib.import_module("gallery")
+    project = render("my_plugin", kind)
+    file = tmp_path / "my_plugin.py"
+    file.write_text(project["gankit_my_plugin.py"])
+    factory = find(f"{file}:MyPlugin").factory
+    measured = project["README.md"] + "\n<!-- measured row -->\n| ring |\n<!-- end -->\n"
+    plugin = gallery.Plugin("my_plugin", "gankit_my_plugin", "Others", factory, measured)
+    lead, body = gallery.reshaped(plugin)
+    assert "Use it" in lead
+    for option in options_of(factory):
+        assert f"| `{option}` |" in project["README.md"] and f"| `{option}` |" in body
+    assert "\nCost: " in body and "\nLimits: " in body
+    with pytest.raises(gallery.PluginError, match="does not say: Measured$"):
+        gallery.reshaped(dataclasses.replace(plugin, readme=project["README.md"]))
+
+
+def test_a_project_that_is_not_installed_says_what_to_do(tmp_path: Path) -> None:
+    folder = tmp_path / "project"
+    write(render("not_installed", "g-term"), folder)
+    tests = [sys.executable, "-m", "pytest", "-q", "-k", "found_under_its_name"]
+    done = subprocess.run(tests, capture_output=True, text=True, cwd=folder)
+    assert 'AssertionError: pip install -e ".[test]" first' in done.stdout
 
 
 @pytest.mark.parametrize("license", LICENSES)

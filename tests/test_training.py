@@ -168,6 +168,9 @@ def test_the_best_has_more_modes_then_more_quality_then_less_distance() -> None:
     ]
     assert sorted(scores[::-1], key=goodness) == scores
     assert goodness({"sliced_wasserstein": 0.1}) > goodness({"sliced_wasserstein": 0.2})
+    unequal = {"modes": 11.0, "high_quality": 0.99, "kl_to_truth": 0.1, "sliced_wasserstein": 0.1}
+    assert goodness({**unequal, "high_quality": 0.9, "kl_to_truth": 0.01}) > goodness(unequal)
+    assert goodness({**unequal, "modes": 10.0, "kl_to_truth": 0.01}) < goodness(unequal)
     grown, coarse = ({"resolution": side, "sliced_wasserstein": w} for side, w in ((32, 0.2), (8, 0.1)))
     assert goodness(grown) > goodness(coarse)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import os
 import unittest
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ CHECKS: tuple[Callable[[Bench], None], ...] = (
     surroundings.smaller_batch,
     surroundings.logit_shapes,
     surroundings.several_inputs,
+    surroundings.refuses_batch_norm,
     surroundings.players,
     surroundings.metrics,
     surroundings.companions,
@@ -71,6 +73,7 @@ CHECKS: tuple[Callable[[Bench], None], ...] = (
     claimed.claimed_norm,
     claimed.claimed_place,
     claimed.claimed_logits,
+    claimed.claimed_slopes,
     claimed.claimed_draws,
     claimed.claimed_mean,
     views.claimed_rows_apart,
@@ -81,20 +84,22 @@ CHECKS: tuple[Callable[[Bench], None], ...] = (
 )
 
 
+# those without which the random numbers of an update cannot be played again
+RANDOM = (effects.global_random, effects.own_generator)
 # What a slip breaks as well is told by one check alone: the others wait until that one holds.
 AFTER: dict[Callable[[Bench], None], tuple[Callable[[Bench], None], ...]] = {
     declared.hooks: (declared.two_instances,),
     effects.own_generator: (effects.own_stream,),
     state.parameters_kept: (declared.finite,),
     state.two_at_once: (state.same_seed, effects.global_random),
-    state.resumes: (state.same_seed, state.parameters_kept),
+    state.resumes: (state.same_seed, state.parameters_kept, effects.global_random),
     state.another_call: (state.same_seed, effects.global_random, effects.grads_kept, gradients.the_same_again),
     gradients.derivative: (declared.finite, gradients.gradient_reaches, surroundings.float64),
     gradients.weight_is_a_factor: (declared.finite, state.same_seed),
     gradients.every: (declared.finite, state.same_seed),
     views.view_sides_alike: (effects.inputs_kept,),
     surroundings.batch_sizes: (state.parameters_kept, views.view_form),
-    surroundings.logit_shapes: (declared.finite, gradients.derivative, state.two_at_once),
+    surroundings.logit_shapes: (declared.finite, gradients.derivative, state.two_at_once, *RANDOM),
     surroundings.several_inputs: (state.parameters_kept,),
     surroundings.companions: (
         state.parameters_kept,
@@ -104,6 +109,14 @@ AFTER: dict[Callable[[Bench], None], tuple[Callable[[Bench], None], ...]] = {
         surroundings.several_inputs,
     ),
     surroundings.own_loop: (effects.inputs_kept,),
+    claimed.claimed_norm: (gradients.weight_is_a_factor, *RANDOM),
+    claimed.claimed_place: RANDOM,
+    claimed.claimed_logits: RANDOM,
+    claimed.claimed_slopes: (gradients.the_same_again, gradients.derivative, gradients.weight_is_a_factor, *RANDOM),
+    claimed.claimed_draws: RANDOM,
+    claimed.claimed_mean: (gradients.derivative, claimed.claimed_norm, claimed.claimed_slopes, *RANDOM),
+    views.claimed_rows_apart: RANDOM,
+    claimed.claimed_costs: (gradients.derivative,),
 }
 
 
@@ -125,7 +138,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Check:
-    """One check of one plugin: call it, and it raises AssertionError with one line, or SkipTest with the reason."""
+    """One check of one plugin: call it, and it raises AssertionError with one line, or skips the test with the reason."""
 
     function: Callable[[Bench], None]
     bench: Bench
@@ -161,11 +174,17 @@ class Check:
 
     def __call__(self) -> None:
         """Run it for pytest or unittest."""
+        __tracebackhide__ = True  # pytest then shows the line of the test that called it
         result = self.result()
         if result.status == "failed":
             raise AssertionError(str(result))
         if result.status == "skipped":
-            raise unittest.SkipTest(result.what)
+            reason = f"{result.check}: {result.what}"
+            if "PYTEST_CURRENT_TEST" in os.environ:
+                import pytest
+
+                pytest.skip(reason)
+            raise unittest.SkipTest(reason)
 
 
 def _waits(check: Callable[[Bench], None], bench: Bench) -> bool:

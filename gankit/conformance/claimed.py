@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -24,10 +24,11 @@ from gankit.conformance.bench import (
 )
 from gankit.conformance.state import walk
 from gankit.contract import Batch, View, watched
-from gankit.gan import GAN
+from gankit.gan import GAN, call_with_accepted
 from gankit.loop import train
 
 STEP = 720720  # a multiple of all numbers up to 16, so that lazy penalties act
+EARLY = 3  # where a weight that changes over steps is another one
 NORMS = (0.0, 0.3, 1.0, 1.7, 2.0, 3.0, 0.5, 4.0)
 
 
@@ -54,6 +55,18 @@ class Bowl:
         return self.a * x.flatten(1).square().sum(1) / 2
 
 
+class Known:
+    """D(x) = l_i + w_i . (x - x_i) for the nearest of some points x_i: any logits and slopes at them."""
+
+    def __init__(self, points: Tensor, logits: Tensor, w: Tensor) -> None:
+        self.points, self.logits, self.w = points, logits.requires_grad_(), w.requires_grad_()
+
+    def __call__(self, x: Tensor, *others: Tensor) -> Tensor:
+        """(B,)."""
+        i = torch.cdist(x.detach().flatten(1), self.points.flatten(1)).argmin(1)
+        return self.logits[i] + (self.w[i] * (x - self.points[i])).flatten(1).sum(1)
+
+
 class Toy:
     """The plugin's D terms on critics that are functions, not networks, in float64."""
 
@@ -66,7 +79,13 @@ class Toy:
         self.hook = self.gan.manager.subset_hook_caller("pre_d_loss", registered - {self.plugin})
 
     def term(
-        self, critic: Callable[..., Tensor], real: Tensor, fake: Tensor, seed: int = 0, **logits: Tensor
+        self,
+        critic: Callable[..., Tensor],
+        real: Tensor,
+        fake: Tensor,
+        seed: int = 0,
+        step: int = STEP,
+        **logits: Tensor,
     ) -> Tensor:
         """The sum of its terms."""
         self.gan.rng(self.plugin).manual_seed(seed)
@@ -75,11 +94,16 @@ class Toy:
             z = self.gan.latent.draw(len(real), torch.Generator().manual_seed(0))
             known: dict[str, Any] = {"critic": critic, "batch": Batch(real, fake, z), "view": view}
             known |= logits or {"real_logits": critic(*view.real), "fake_logits": critic(*view.fake)}
-            found = self.hook(gan=self.gan, step=STEP, **known)
+            found = self.hook(gan=self.gan, step=step, **known)
         values = [term for terms in found for term in terms.values()]
         if not values:
             raise Skipped("it has no D term with these options")
         return torch.stack(values).sum()
+
+    def said(self, claim: Callable[..., Tensor], *values: Tensor, step: int = STEP) -> Tensor:
+        """What a claim makes of these values."""
+        found: Tensor = call_with_accepted(partial(claim, self.plugin, *values), step=step)
+        return found
 
 
 def toys(bench: Bench) -> list[tuple[str, Toy]]:
@@ -112,11 +136,11 @@ def claimed_norm(bench: Bench) -> None:
         for norms in (torch.tensor(NORMS, dtype=torch.float64), torch.zeros(len(NORMS), dtype=torch.float64)):
             direction = unit(len(NORMS), shape)
             critic = Slopes(rows(norms, direction) * direction)
-            term, wanted = toy.term(critic, real, fake), f(toy.plugin, norms).mean()
+            term, wanted = toy.term(critic, real, fake), toy.said(f, norms).mean()
             what = "a critic with a slope of its own for each sample" if norms.any() else "a critic without slope"
             if not close(term, wanted, 1e-4):
                 w = critic.w.detach()
-                guess = _likely(term.item(), partial(f, toy.plugin), w, norms)
+                guess = _likely(term.item(), partial(toy.said, f), w, norms)
                 expect(False, f"on {kind}s, {what} gives {term.item():.6g}, the claim {wanted.item():.6g}{guess}")
             (gradient,) = torch.autograd.grad(term, critic.w)
             expect(gradient.isfinite().all(), f"on {kind}s, {what} has a gradient that is not finite",
@@ -125,7 +149,7 @@ def claimed_norm(bench: Bench) -> None:
 
 def _likely(value: float, f: Callable[[Tensor], Tensor], w: Tensor, norms: Tensor) -> str:
     """What the value is that is not the one wanted, if it is one of the usual slips."""
-    slips = {
+    return _slip(value, {
         "a sum over the batch": f(norms).sum(),
         "one norm for the whole batch": f(norms.norm().view(1)).mean(),
         "a norm over one axis alone": f(w.norm(dim=1)).mean(),
@@ -134,8 +158,49 @@ def _likely(value: float, f: Callable[[Tensor], Tensor], w: Tensor, norms: Tenso
         "the function of the mean norm": f(norms.mean().view(1)).mean(),
         "half of it": f(norms).mean() / 2,
         "twice that": f(norms).mean() * 2,
-    }
+    })  # fmt: skip
+
+
+def _slip(value: float, slips: Mapping[str, Tensor]) -> str:
     return next((f", which is {slip}" for slip, found in slips.items() if close(value, found, 1e-4)), "")
+
+
+def claimed_slopes(bench: Bench) -> None:
+    """Claimed a function of logits and gradient norms: equal to it on a critic of known logits and slopes on both sides.
+
+    Mend: the formula, or the claim; mind which side is which, and factors.
+    """
+    f = bench.claims.slopes
+    if f is None:
+        raise Skipped("its claims do not give slopes")
+    for kind, toy in toys(bench):
+        real, fake = unit(6, KINDS[kind], 1), unit(6, KINDS[kind], 2) * 2
+        points, direction = torch.cat([real, fake]), unit(12, KINDS[kind])
+        logits = torch.tensor((0.3, -1.2, 0.9, 2.0, -0.4, 1.1, -0.8, 0.5, 1.7, -2.0, 0.1, 0.6), dtype=torch.float64)
+        steep = torch.tensor((0.7, 1.9, 0.4, 1.0, 2.6, 1.3, 0.9, 2.1, 0.5, 1.6, 3.0, 1.2), dtype=torch.float64)
+        for norms, step in ((steep, STEP), (steep, EARLY), (0 * steep, STEP)):
+            critic = Known(points, logits.clone(), rows(norms, direction) * direction)
+            try:
+                term = toy.term(critic, real, fake, step=step)
+            except Skipped:
+                if step == EARLY:  # no step of a lazy penalty
+                    continue
+                raise
+            said = partial(toy.said, f, step=step)
+            r, rn, s, sn = logits[:6], norms[:6], logits[6:], norms[6:]
+            wanted = said(r, rn, s, sn)
+            if not close(term, wanted, 1e-4):
+                guess = _slip(term.item(), {
+                    "that of the sides swapped": said(s, sn, r, rn), "that of the logits swapped": said(s, rn, r, sn),
+                    "that of the slopes swapped": said(r, sn, s, rn), "half of it": wanted / 2, "twice that": wanted * 2,
+                    "a sum over the batch": wanted * len(r), "that of the squared norms": said(r, rn**2, s, sn**2),
+                })  # fmt: skip
+                expect(False, f"on {kind}s, a critic of known logits and slopes gives {term.item():.6g} in step {step}, the "
+                       f"claim {wanted.item():.6g}{guess}")  # fmt: skip
+            gradients = torch.autograd.grad(term, (critic.w, critic.logits), allow_unused=True)
+            expect(all(g is None or g.isfinite().all() for g in gradients),
+                   f"on {kind}s, with slopes {'as known' if norms.any() else 'of 0'} it has a gradient that is not finite",
+                   "a root has no slope at 0: gankit.functional.norm_per_sample has 0 there")  # fmt: skip
 
 
 def claimed_place(bench: Bench) -> None:
@@ -150,7 +215,7 @@ def claimed_place(bench: Bench) -> None:
         direction = unit(8, KINDS[kind])
         r, s = (torch.linspace(a, b, 8, dtype=torch.float64) for a, b in ((0.2, 0.6), (2.0, 3.0)))
         term = toy.term(Bowl(), rows(r, direction) * direction, rows(s, direction) * direction).item()
-        at_real, at_fake = (f(toy.plugin, norms).mean().item() for norms in (r, s))
+        at_real, at_fake = (toy.said(f, norms).mean().item() for norms in (r, s))
         if at in ("real", "fake"):
             wanted, other = (at_real, at_fake) if at == "real" else (at_fake, at_real)
             hint = " , which is that of the other side".replace(" ,", ",") if close(term, other, 1e-4) else ""
@@ -159,7 +224,7 @@ def claimed_place(bench: Bench) -> None:
                 f"on {kind}s, at {at} samples the term should be {wanted:.6g}, it is {term:.6g}{hint}",
             )
         elif at == "between":
-            path = torch.stack([f(toy.plugin, r + u * (s - r)) for u in torch.linspace(0, 1, 201, dtype=torch.float64)])
+            path = torch.stack([toy.said(f, r + u * (s - r)) for u in torch.linspace(0, 1, 201, dtype=torch.float64)])
             low, high = path.min(0).values.mean().item(), path.max(0).values.mean().item()
             inside = low - 1e-6 * abs(low) <= term <= high + 1e-6 * abs(high)
             ends = close(term, at_real, 1e-4) or close(term, at_fake, 1e-4)
@@ -298,7 +363,7 @@ def claimed_logits(bench: Bench) -> None:
             stream = torch.Generator().manual_seed(0)
             r, s = (torch.randn(shape, generator=stream, dtype=torch.float64).requires_grad_() for _ in range(2))
             term = toy.term(Bowl(), x, x, real_logits=r, fake_logits=s)
-            wanted = f(toy.plugin, r, s)
+            wanted = toy.said(f, r, s)
             expect(
                 close(term, wanted, 1e-6),
                 f"on {kind}s, logits of shape {shape} give {term.item():.6g}, the claim {wanted.item():.6g}",

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import inspect
 import math
+import re
 
 from gankit.conformance.bench import Bench, Failed, Skipped, expect, sentence
 from gankit.errors import UsageError
@@ -13,6 +14,7 @@ from gankit.options import build, options_of
 from gankit.plugins import ContractError, available, manager
 
 CORE_NAMES = ("core", "loss", "stats", "averaging", "adv")
+WORDS = 3  # the least that says something
 
 
 def options(bench: Bench) -> None:
@@ -71,7 +73,8 @@ def hooks(bench: Bench) -> None:
 def described(bench: Bench) -> None:
     """The class says what it does, its formula and its paper, which ``gankit plugins show`` prints.
 
-    Mend: a docstring, ``formula: ClassVar[str] = "..."`` and ``paper: ClassVar[str] = "..."``.
+    Mend: a docstring, ``formula: ClassVar[str] = "..."`` and ``paper: ClassVar[str] = "..."``, none of them "TODO"; where
+    there is no paper: "none".
     """
     cls = bench.factory
     doc = vars(cls).get("__doc__") or ""
@@ -81,6 +84,12 @@ def described(bench: Bench) -> None:
         text = getattr(cls, name, "")
         expect(isinstance(text, str) and text.strip(), f"{cls.__name__}.{name} is missing or empty")
         expect(name not in options_of(cls), f"{name} is an option", f"annotate it: {name}: ClassVar[str]")
+    for what, text in (("docstring", doc), ("formula", cls.formula), ("paper", cls.paper)):  # type: ignore[attr-defined]
+        expect("TODO" not in text, f"the {what} of {cls.__name__} still says TODO")
+        # signs count in a formula: weight*relu(D)
+        words = re.findall(r"\w+|[^\w\s]" if what == "formula" else r"\w+", text)
+        enough = len(words) >= WORDS or (what != "docstring" and text.startswith("none"))
+        expect(enough, f"the {what} of {cls.__name__} is no more than {text!r}")
 
 
 def names(bench: Bench) -> None:
@@ -134,6 +143,11 @@ def three_steps(bench: Bench) -> None:
             text, mend = sentence(error), ""
             if "a second time" in text:
                 mend = "take gradients with create_graph=True (or retain_graph=True), and leave .backward to the loop"
+            elif "no slope to take" in text or "differentiated Tensors" in text:
+                mend = (
+                    "take slopes with respect to `view.real` and `view.fake`, from which the logits at hand were computed, "
+                    "not to `batch.real` and `batch.fake`"
+                )
             raise Failed(f"on {record.kind}s: {text}", mend)
     if all(record.refused for record in records):
         raise Failed(f"it refuses vectors and images alike: {records[0].error}", "give options with which it works: -o")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ from gankit.conformance.bench import (
     Z_DIM,
     Bench,
     Failed,
+    Scene,
     Shaped,
     Skipped,
     close,
+    default_dtype,
     expect,
     global_random,
     global_states,
@@ -101,23 +104,22 @@ def smaller_batch(bench: Bench) -> None:
 def logit_shapes(bench: Bench) -> None:
     """Logits (B, 1), (B, 1, 1, 1) and maps of equal logits give the terms that (B,) gives.
 
-    Mend: no (B, 1) - (B,), which makes (B, B); average the logits of one sample before their slope, as
-    ``gankit.functional.input_gradients`` does.
+    Mend: no (B, 1) - (B,), which makes (B, B); average the logits of one sample first, by
+    ``gankit.functional.logit_per_sample``.
     """
     for scene in bench.scenes():
         found = {name: t.item() for name, t in scene.play().items()}
         if scene.gan.players["discriminator"].module.__class__.__module__ != networks.__name__:
             continue  # the plugin's own
+        with default_dtype(torch.float64):
+            rows = len(scene.gan.first_view().real[0])  # which under packing are fewer than the samples
         for shape in LOGITS:
 
-            def shaped(shapes: Any, shape: tuple[int, ...] = shape) -> nn.Module:
-                return Shaped(networks.discriminator(shapes, width=8), shape)
-
-            def play(scene: Any = scene, shaped: Any = shaped) -> dict[str, float]:
-                other = bench.scene(scene.kind, scene.phase, discriminator=shaped)
+            def play(scene: Scene = scene, shape: tuple[int, ...] = shape) -> dict[str, float]:
+                other = bench.scene(scene.kind, scene.phase, discriminator=shaped(shape))
                 return {name: t.item() for name, t in other.play().items()}
 
-            what = f"logits of shape (B, {', '.join(map(str, shape))})"
+            what = f"logits of shape {(rows, *shape)}"
             try:
                 terms = works(what, scene.kind, play)
             except Skipped:
@@ -129,13 +131,18 @@ def logit_shapes(bench: Bench) -> None:
                 )
 
 
+def shaped(shape: tuple[int, ...]) -> Callable[[Any], nn.Module]:
+    """A factory of critics with logits (B, \\*shape); it has no ``shape`` by default, which a GAN's own would replace."""
+    return lambda shapes: Shaped(networks.discriminator(shapes, width=8), shape)
+
+
 class Conditional(nn.Module):
     """A critic of any arguments, whole numbers included."""
 
-    def __init__(self, shapes: Any) -> None:
+    def __init__(self, shapes: Sequence[Sequence[int]], norm: type[nn.Module] = nn.Identity) -> None:
         super().__init__()
         width = sum(math.prod(shape) for shape in shapes)
-        self.layers = nn.Sequential(nn.Linear(width, 16), nn.Tanh(), nn.Linear(16, 1))
+        self.layers = nn.Sequential(nn.Linear(width, 16), norm(16), nn.Tanh(), nn.Linear(16, 1))
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """(B,)."""
@@ -168,6 +175,26 @@ def several_inputs(bench: Bench) -> None:
             kind,
             lambda kind=kind: _train(bench, kind, 3, core={"labels": Labels()}, discriminator=Conditional),  # type: ignore[misc]
         )
+
+
+def refuses_batch_norm(bench: Bench) -> None:
+    """Claimed per sample, and of slopes: a critic with batch norm, whose slopes mix the samples, is refused in ``setup``.
+
+    Mend: ``gankit.checks.need_per_sample_critic(gan, "name")`` in ``setup``.
+    """
+    claims = bench.claims
+    of_slopes = claims.double_backwards or claims.gradient_norm or claims.slopes
+    if not (claims.per_sample and of_slopes):
+        raise Skipped("its claims do not say per_sample of slopes")
+    for kind in bench.kinds():
+        for norm in (nn.Identity, nn.BatchNorm1d):
+            try:
+                with quiet():
+                    bench.gan(kind, {bench.name: bench.plugin()}, discriminator=partial(Conditional, norm=norm))
+            except UsageError:
+                break  # a plugin that refuses both, or brings a critic of its own, refuses this one as well
+        else:
+            raise Failed(f"on {kind}s, a discriminator with batch norm is not refused")
 
 
 def float64(bench: Bench) -> None:

@@ -8,18 +8,19 @@ import difflib
 from pathlib import Path
 
 from gankit.data.arrays import array_file, from_arrays, from_callable, table
-from gankit.data.dataset import Dataset, Modes, Progress, Store, check_image_size
+from gankit.data.dataset import Counter, Dataset, Modes, Progress, Store, check_image_size
 from gankit.data.describe import Summary, summary
 from gankit.data.digits import mnist, stacked_mnist
 from gankit.data.images import SUFFIXES, image_folder
+from gankit.data.junction import heavy_mode
 from gankit.data.toy import gaussians1200, grid, ring
 from gankit.errors import UsageError
 
-__all__ = ["NAMES", "Dataset", "Modes", "Progress", "Store", "Summary", "from_arrays", "load", "summary"]
+__all__ = ["NAMES", "Counter", "Dataset", "Modes", "Progress", "Store", "Summary", "from_arrays", "load", "summary"]
 
 _TOYS = {"ring": ring, "grid": grid, "gaussians1200": gaussians1200}
 _DIGITS = {"mnist": mnist, "stacked-mnist": stacked_mnist}
-NAMES: tuple[str, ...] = (*_TOYS, *_DIGITS)
+NAMES: tuple[str, ...] = (*_TOYS, "heavy-mode", *_DIGITS)
 
 
 def load(
@@ -47,6 +48,8 @@ def load(
         raise UsageError(f"image_size is for images, and {spec} holds vectors: leave it out")
     if spec in _TOYS:
         return _TOYS[spec]()
+    if spec == "heavy-mode":
+        return heavy_mode(image_size)
     if spec.strip() and (path.is_dir() or (path.is_file() and suffix == ".zip")):
         return image_folder(spec, path, image_size, progress)
     if path.is_file() and suffix in (".npy", ".npz"):

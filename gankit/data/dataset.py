@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from gankit.errors import UsageError
+from gankit.metrics import mode_metrics
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) while something slow is read; total is 0 when it is not known."""
@@ -14,9 +16,19 @@ Progress = Callable[[int, int], None]
 _HELD_OUT_SEED = 1
 
 
+class Counter(Protocol):
+    """What knows the modes of a data set and counts them in samples."""
+
+    def metrics(self, samples: Tensor) -> dict[str, float]:
+        """Metrics by name, "modes" and "high_quality" among them, of samples (N, \\*shape)."""
+
+    def to(self, device: torch.device | str) -> "Counter":
+        """Return the same on another device."""
+
+
 @dataclass(frozen=True, eq=False)
 class Modes:
-    """The modes of a data set that is a mixture with known centres.
+    """The modes of a data set that is a mixture of equally likely ones with known centres.
 
     centers: (K, D) float32. std: standard deviation per noisy coordinate. radius: a sample is of high
     quality when its Euclidean distance to the nearest centre is at most this.
@@ -25,6 +37,14 @@ class Modes:
     centers: Tensor
     std: float
     radius: float
+
+    def metrics(self, samples: Tensor) -> dict[str, float]:
+        """``gankit.metrics.mode_metrics`` of samples (N, D)."""
+        return mode_metrics(samples, self.centers, self.radius)
+
+    def to(self, device: torch.device | str) -> "Modes":
+        """Return the same modes on another device."""
+        return replace(self, centers=self.centers.to(device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +85,7 @@ class Dataset:
 
     name: how messages call it. train, test: the samples; test is never trained on. labels: (N,) int64, class
     per training sample; held_out_labels, the same for `held_out`. classes: class names, or ().
-    modes: for mixtures with known centres. digits: (N, 3) int64, the digit in each channel (stacked-mnist).
+    modes: who counts them, for data whose modes are known. digits: (N, 3) int64, the digit in each channel (stacked-mnist).
     features: column names of tabular data. notes: what loading changed or left out; `summary` repeats them.
     root: the folder MNIST's files were found in, for who reads them once more.
     """
@@ -75,7 +95,7 @@ class Dataset:
     test: Store
     labels: Tensor | None = None
     classes: tuple[str, ...] = ()
-    modes: Modes | None = None
+    modes: Counter | None = None
     held_out_labels: Tensor | None = None
     digits: Tensor | None = None
     features: tuple[str, ...] = ()
@@ -132,7 +152,7 @@ class Dataset:
         tensors = {
             field.name: move(value) for field in fields(self) if isinstance(value := getattr(self, field.name), Tensor)
         }
-        modes = self.modes and replace(self.modes, centers=move(self.modes.centers))
+        modes = self.modes and self.modes.to(device)
         return replace(self, train=store(self.train), test=store(self.test), modes=modes, **tensors)  # type: ignore[arg-type]
 
 

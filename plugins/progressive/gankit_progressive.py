@@ -16,7 +16,6 @@ from torch.nn.functional import avg_pool2d
 from torch.nn.utils import parametrize
 
 from gankit import Batch, Player, UsageError, hookimpl
-from gankit.claims import Claims
 
 if TYPE_CHECKING:
     from gankit import GAN
@@ -181,7 +180,8 @@ class Growing(nn.Module):
     """A network that is built in full and of which only the levels reached so far are used.
 
     ``growth`` is a buffer of two whole numbers, (images shown, images until fully grown): checkpoints, averaged and exported
-    copies carry it. Layers that are not in use yet, or any more, get no gradient.
+    copies carry it. ``shown`` and ``grown_after`` are the same on the host, to be read without waiting for a GPU. Layers
+    that are not in use yet, or any more, get no gradient.
     """
 
     growth: Tensor
@@ -189,16 +189,25 @@ class Growing(nn.Module):
     def __init__(self, shape: Sequence[int], grown_after: int) -> None:
         super().__init__()
         self.doublings = doublings_of(shape)
+        self.shown, self.grown_after = 0, grown_after
         self.register_buffer("growth", torch.tensor([0, grown_after]))
 
     def stage(self) -> tuple[int, float]:
-        """Level and alpha, by :func:`schedule`; on a GPU this waits for it."""
-        shown, grown_after = self.growth.tolist()
-        return schedule(shown, grown_after, self.doublings)
+        """Level and alpha, by :func:`schedule`."""
+        return schedule(self.shown, self.grown_after, self.doublings)
 
     def grow(self, images: int) -> None:
         """Count real images that the discriminator has been shown; call it with the same number on G, D and averages."""
-        self.growth[0] += images
+        self.grow_to(self.shown + images, self.grown_after)
+
+    def grow_to(self, shown: int, grown_after: int) -> None:
+        """Set both numbers."""
+        self.shown, self.grown_after = shown, grown_after
+        self.growth[0], self.growth[1] = shown, grown_after
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)  # type: ignore[no-untyped-call]
+        self.shown, self.grown_after = self.growth.tolist()
 
 
 class Generator(Growing):
@@ -372,7 +381,6 @@ class Progressive:
     paper: ClassVar[str] = (
         "Karras et al. 2018, Progressive Growing of GANs, arXiv:1710.10196, sections 2 to 4, appendix A.1"
     )
-    claims: ClassVar[Claims] = Claims(waives={"no_waiting": "how far the networks have grown is kept in their checkpoint"})
 
     grown_after: Annotated[
         int,
@@ -440,11 +448,10 @@ class Progressive:
         if phase == "g":
             return
         before = gan.generator.stage()
-        growth = gan.generator.growth.clone()
-        growth[0] += gan.batch_size
+        shown, grown_after = gan.generator.shown + gan.batch_size, gan.generator.grown_after
         for network in gan.networks().values():
             if isinstance(network, Growing):
-                network.growth.copy_(growth)
+                network.grow_to(shown, grown_after)
         if self.reset_adam and _layers_in_use(*before) != _layers_in_use(*gan.generator.stage()):
             for optimizer in gan.optimizers.values():
                 optimizer.state.clear()

@@ -31,7 +31,6 @@ def r1_penalty(logits: Tensor, inputs: Tensor | Sequence[Tensor]) -> Tensor:
     Returns a 0-dim tensor with a graph to the critic's parameters. Costs no critic
     forward and one double backward. Raises ValueError if an input did not require gradients.
     """
-    inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     return squared_gradient_norm(logits, inputs).mean() / 2
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from gankit import UsageError, hookimpl
-from gankit.claims import Claims
 
 if TYPE_CHECKING:
     from gankit import GAN
@@ -52,6 +51,7 @@ def unrolled_state(
     *,
     critic: Critic | None = None,
     second_order: bool = True,
+    counts: Mapping[Tensor, float] | None = None,
 ) -> dict[str, Tensor]:
     """Parameters and buffers of the discriminator, by name, after k updates that it does not make.
 
@@ -63,7 +63,8 @@ def unrolled_state(
     updates = _updates(optimizer)
     own = {name: p for name, p in discriminator.named_parameters() if p.requires_grad and p in updates}
     parameters = {name: p.detach().requires_grad_() for name, p in own.items()}
-    slots = {name: _slots(optimizer, p) for name, p in own.items()}
+    counts = update_counts(optimizer) if counts is None else counts
+    slots = {name: _slots(optimizer, p, counts) for name, p in own.items()}
     # clones, which the unrolled forwards may move: statistics of batch norm, singular vectors of spectral norm
     buffers = {name: b.detach().clone() for name, b in discriminator.named_buffers()}
     for _ in range(k):
@@ -86,6 +87,7 @@ def unroll(
     *,
     critic: Critic | None = None,
     second_order: bool = True,
+    counts: Mapping[Tensor, float] | None = None,
 ) -> Critic:
     """The discriminator as it will be after k updates on ``objective``, as a function that G can be trained against.
 
@@ -102,11 +104,14 @@ def unroll(
         ``torch.optim.Adam``, or ``torch.optim.SGD`` without momentum.
     critic: a function of inputs that calls the discriminator inside; default: the discriminator.
     second_order: False cuts theta^k off from G, so that G sees D's future but not its own influence on it.
+    counts: :func:`update_counts` of the optimiser; without it they are read from it, for which a GPU is waited for once.
 
     Costs per step: one forward of the objective, one backward, and in the backward of the loss about twice as much again;
     memory grows with k, for the graphs of all steps are kept. Raises UsageError for another optimiser and for k < 0.
     """
-    state = unrolled_state(discriminator, objective, optimizer, k, critic=critic, second_order=second_order)
+    state = unrolled_state(
+        discriminator, objective, optimizer, k, critic=critic, second_order=second_order, counts=counts
+    )
     return functional_critic(discriminator, state, critic)
 
 
@@ -155,12 +160,52 @@ def _updates(optimizer: torch.optim.Optimizer) -> dict[Tensor, Update]:
     return {p: update for group in optimizer.param_groups for update in [update_of(group)] for p in group["params"]}
 
 
-def _slots(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Slots:
+def _slots(optimizer: torch.optim.Optimizer, parameter: Tensor, counts: Mapping[Tensor, float]) -> Slots:
     if isinstance(optimizer, torch.optim.SGD):
         return ()
     if not (state := optimizer.state.get(parameter)):  # before its first step
         return torch.zeros_like(parameter), torch.zeros_like(parameter), 0
-    return state["exp_avg"], state["exp_avg_sq"], state["step"]
+    return state["exp_avg"], state["exp_avg_sq"], counts[parameter]
+
+
+def update_counts(optimizer: torch.optim.Optimizer) -> dict[Tensor, float]:
+    """How often Adam has updated each parameter, by its own count; on a GPU this waits for it, once for all of them."""
+    return _values(_steps(optimizer))
+
+
+def _steps(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
+    return {p: state["step"] for p, state in optimizer.state.items() if "step" in state}
+
+
+def _values(steps: Mapping[Tensor, Tensor]) -> dict[Tensor, float]:
+    return dict(zip(steps, torch.stack([*steps.values()]).tolist(), strict=True)) if steps else {}
+
+
+class Counts:
+    """:func:`update_counts` of an optimiser as it goes on, without waiting: read at first, then counted along.
+
+    They are read again when the optimiser's state is another, as after loading, and when a GradScaler may have skipped a
+    step.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self._steps: dict[Tensor, Tensor] = {}  # Adam's own counts, of which these are the values
+        self._values: dict[Tensor, float] = {}
+        optimizer.register_step_post_hook(self._stepped)
+
+    def __call__(self) -> Mapping[Tensor, float]:
+        """The counts of now."""
+        steps = _steps(self.optimizer)
+        if any(self._steps.get(p) is not step for p, step in steps.items()):
+            self._steps, self._values = steps, _values(steps)
+        return self._values
+
+    def _stepped(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if getattr(optimizer, "found_inf", None) is not None:
+            self._steps = {}
+        for p in self._values:
+            self._values[p] += p.grad is not None
 
 
 @dataclass(eq=False)
@@ -171,9 +216,6 @@ class Unrolled:
         "G: loss under theta^k,  theta^0 = theta_D,  theta^{i+1} = theta^i - Adam(grad d_loss(theta^i))"
     )
     paper: ClassVar[str] = "Metz et al. 2017, Unrolled Generative Adversarial Networks, arXiv:1611.02163, section 2"
-    claims: ClassVar[Claims] = Claims(
-        waives={"no_waiting": "the number of D's updates, which Adam's rate depends on, is read from its state"}
-    )
 
     k: Annotated[int, "steps of the discriminator that G looks ahead; 0 is no unrolling"] = 5
     optimizer: Annotated[Literal["adam", "sgd"], "adam: as D's own goes on; sgd: plain gradient steps"] = "adam"
@@ -182,6 +224,7 @@ class Unrolled:
     both_sides: Annotated[bool, "G's loss on the real side, too, which depends on G through the k steps"] = True
 
     def __post_init__(self) -> None:
+        self.counts: Counts | None = None
         if self.k < 0:
             raise ValueError("k must not be negative")
         if self.lr is not None and self.optimizer == "adam":
@@ -201,8 +244,15 @@ class Unrolled:
         critic = yield
         if phase == "d" or not self.k:
             return critic
-        optimizer = gan.optimizers["d"]
+        optimizer, counts = gan.optimizers["d"], None
         if self.optimizer == "sgd":
             lr = optimizer.param_groups[0]["lr"] if self.lr is None else self.lr
             optimizer = torch.optim.SGD(gan.parameters("d"), lr=lr)
-        return unroll(gan.discriminator, d_objective, optimizer, self.k, critic=critic, second_order=self.second_order)
+        elif type(optimizer) is torch.optim.Adam:  # others are refused below
+            if self.counts is None or self.counts.optimizer is not optimizer:
+                self.counts = Counts(optimizer)
+            counts = self.counts()
+        return unroll(
+            gan.discriminator, d_objective, optimizer, self.k,
+            critic=critic, second_order=self.second_order, counts=counts,
+        )  # fmt: skip

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from broken import Plugin
 from gankit import GAN, View, hookimpl
+from gankit.checks import need_per_sample_critic
 from gankit.claims import Claims
-from gankit.functional import input_gradients, interpolate, norm_per_sample
+from gankit.functional import input_gradients, interpolate, logit_per_sample, norm_per_sample, squared_gradient_norm
 
 NORM = Claims(gradient_norm=lambda self, norm: self.weight * (norm - 1) ** 2)
 
@@ -123,6 +124,10 @@ class OneMix(Plugin):
     claims: ClassVar[Claims] = Claims(gradient_norm=NORM.gradient_norm, at="between", per_sample=True)
 
     @hookimpl
+    def setup(self, gan: GAN) -> None:
+        need_per_sample_critic(gan, "one_mix")
+
+    @hookimpl
     def pre_d_loss(self, gan: GAN, critic: Callable[..., Tensor], view: View) -> dict[str, Tensor]:
         u = torch.rand((), generator=gan.rng(self), device=view.real[0].device, dtype=view.real[0].dtype)
         x = tuple(u * r + (1 - u) * f if r.is_floating_point() else r for r, f in zip(*view, strict=True))
@@ -152,7 +157,7 @@ class ByPlace(Plugin):
 
 
 class Negative(Plugin):
-    """A sign."""
+    """A sign is wrong."""
 
     caught_by: ClassVar[str] = "claimed_sign"
     claims: ClassVar[Claims] = Claims(non_negative=True)
@@ -202,6 +207,65 @@ class OtherLogits(Plugin):
     @hookimpl
     def pre_d_loss(self, real_logits: Tensor, fake_logits: Tensor) -> dict[str, Tensor]:
         return self.term((real_logits - fake_logits).square().mean())
+
+
+def js(self: Any, r: Tensor, r_norm: Tensor, f: Tensor, f_norm: Tensor, step: int) -> Tensor:
+    """The regularizer of arXiv:1705.09367, as a claim; its weight is twice as much in the first hundred steps."""
+    both = ((-r).sigmoid() * r_norm).square().mean() + (f.sigmoid() * f_norm).square().mean()
+    return (2 if step < 100 else 1) * self.weight / 2 * both
+
+
+@dataclass(eq=False)
+class WhereItErrs(Plugin):
+    """The slope on both sides, weighted by D's error there; right, and the base of what is wrong."""
+
+    claims: ClassVar[Claims] = Claims(slopes=js)
+
+    def error(self, logits: Tensor) -> Tensor:
+        return logit_per_sample(logits).sigmoid().square()
+
+    def factor(self, step: int) -> float:
+        return 1 if step < 100 else 1 / 2
+
+    @hookimpl
+    def pre_d_loss(self, view: View, real_logits: Tensor, fake_logits: Tensor, step: int) -> dict[str, Tensor]:
+        at_real = self.error(-real_logits) * squared_gradient_norm(real_logits, view.real)
+        at_fake = self.error(fake_logits) * squared_gradient_norm(fake_logits, view.fake)
+        return self.term(self.factor(step) * (at_real.mean() + at_fake.mean()))
+
+
+class SidesSwapped(WhereItErrs):
+    """It flattens D where D is right."""
+
+    caught_by: ClassVar[str] = "claimed_slopes"
+
+    def error(self, logits: Tensor) -> Tensor:
+        return super().error(-logits)
+
+
+class NoHalf(WhereItErrs):
+    """A factor 1/2 that is in the formula alone."""
+
+    caught_by: ClassVar[str] = "claimed_slopes"
+
+    def factor(self, step: int) -> float:
+        return 2 * super().factor(step)
+
+
+class NeverFades(WhereItErrs):
+    """The weight of the first steps for ever."""
+
+    caught_by: ClassVar[str] = "claimed_slopes"
+
+    def factor(self, step: int) -> float:
+        return 1
+
+
+class MixesSlopes(Slope):
+    """Slopes of single samples, also where batch norm makes a logit depend on all of them."""
+
+    caught_by: ClassVar[str] = "refuses_batch_norm"
+    claims: ClassVar[Claims] = Claims(gradient_norm=NORM.gradient_norm, per_sample=True)
 
 
 class ScoresAgain(Plugin):

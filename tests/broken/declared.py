@@ -121,6 +121,27 @@ class Anonymous(Plugin):
         return self.term(real_logits.square().mean())
 
 
+class Unfinished(Plugin):
+    """It was begun from a template, and so it stayed."""
+
+    caught_by: ClassVar[str] = "described"
+    paper: ClassVar[str] = "TODO: authors, year, title"
+
+    @hookimpl
+    def pre_d_loss(self, real_logits: Tensor) -> dict[str, Tensor]:
+        return self.term(real_logits.square().mean())
+
+
+class Terse(Plugin):
+    """Terse."""
+
+    caught_by: ClassVar[str] = "described"
+
+    @hookimpl
+    def pre_d_loss(self, real_logits: Tensor) -> dict[str, Tensor]:
+        return self.term(real_logits.square().mean())
+
+
 class CrashesOnImages(Plugin):
     """A matrix product that knows vectors only, not refused for images."""
 
@@ -141,6 +162,16 @@ class FreesTheGraph(Plugin):
     def pre_d_loss(self, view: View, real_logits: Tensor) -> dict[str, Tensor]:
         (slope,) = torch.autograd.grad(real_logits.sum(), view.real)
         return self.term((slope.flatten(1).norm(dim=1) * real_logits).mean())
+
+
+class SlopeOfTheBatch(Plugin):
+    """The slope with respect to samples from which no logits were computed."""
+
+    caught_by: ClassVar[str] = "three_steps"
+
+    @hookimpl
+    def pre_d_loss(self, batch: Batch, real_logits: Tensor) -> dict[str, Tensor]:
+        return self.term(squared_gradient_norm(real_logits, (batch.real,)).mean())
 
 
 class CutOff(Plugin):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from broken import Plugin
 from gankit import GAN, Batch, View, hookimpl
+from gankit.claims import Claims
 from gankit.functional import interpolate, squared_gradient_norm
 
 
@@ -101,11 +102,36 @@ class GlobalNoise(Plugin):
     """``torch.rand`` without a generator."""
 
     caught_by: ClassVar[str] = "global_random"
+    claims: ClassVar[Claims] = Claims(per_sample=True)
 
     @hookimpl
     def pre_d_loss(self, critic: Callable[..., Tensor], view: View) -> dict[str, Tensor]:
         x = interpolate(view.real, view.fake, detach=False)
         return self.term(squared_gradient_norm(critic(*x), x).mean())
+
+
+class NoiseLike(Plugin):
+    """``randn_like`` the logits, of whatever shape; a function of the logits in the mean, and so it claims."""
+
+    caught_by: ClassVar[str] = "global_random"
+    claims: ClassVar[Claims] = Claims(logits=lambda self, real, fake: self.weight * real.mean(), per_sample=True)
+
+    @hookimpl
+    def pre_d_loss(self, real_logits: Tensor) -> dict[str, Tensor]:
+        return self.term((real_logits + 0.1 * torch.randn_like(real_logits)).mean())
+
+
+class GlobalNoiseInView(Plugin):
+    """``randn_like`` what the critic is shown."""
+
+    caught_by: ClassVar[str] = "global_random"
+    claims: ClassVar[Claims] = Claims(per_sample=True)
+
+    @hookimpl(wrapper=True)
+    def view(self) -> Generator[None, View, View]:
+        view = yield
+        real, fake = (side[0] + 0.1 * torch.randn_like(side[0]) for side in view)
+        return View((real, *view.real[1:]), (fake, *view.fake[1:]))
 
 
 class GlobalInit(Plugin):
@@ -135,6 +161,7 @@ class SeedsItself(Plugin):
     """A generator of its own, seeded by the step: the run's seed does not matter."""
 
     caught_by: ClassVar[str] = "own_generator"
+    claims: ClassVar[Claims] = Claims(per_sample=True)
 
     @hookimpl
     def pre_d_loss(self, critic: Callable[..., Tensor], view: View, step: int) -> dict[str, Tensor]:

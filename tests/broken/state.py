@@ -33,7 +33,7 @@ class Anchor(Plugin):
 
 
 class ForgetsOnSave(Anchor):
-    """No state_dict."""
+    """It has no state_dict."""
 
     caught_by: ClassVar[str] = "resumes"
 

@@ -14,7 +14,7 @@ from gankit.functional import squared_gradient_norm
 
 
 class SinglePrecision(Plugin):
-    """``.float()``."""
+    """``.float()``, whatever the dtype."""
 
     caught_by: ClassVar[str] = "float64"
 
@@ -60,6 +60,27 @@ class Broadcasts(Plugin):
             .square()
             .mean()
         )
+
+
+class BroadcastsSlopes(Plugin):
+    """(B, 1) times (B,) is (B, B), silently."""
+
+    caught_by: ClassVar[str] = "logit_shapes"
+
+    @hookimpl
+    def pre_d_loss(self, view: View, real_logits: Tensor) -> dict[str, Tensor]:
+        logits = real_logits if real_logits.dim() < 3 else real_logits.flatten(1).mean(1)
+        return self.term((logits.sigmoid() * squared_gradient_norm(real_logits, view.real)).mean())
+
+
+class SevenTimes(Plugin):
+    """Right for maps, and for (B,)."""
+
+    caught_by: ClassVar[str] = "logit_shapes"
+
+    @hookimpl
+    def pre_d_loss(self, real_logits: Tensor) -> dict[str, Tensor]:
+        return self.term(real_logits.square().mean() * (7 if real_logits.shape[1:] == (1,) else 1))
 
 
 class SumsTheMap(Plugin):

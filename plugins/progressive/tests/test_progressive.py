@@ -544,6 +544,15 @@ def test_an_average_that_copies_no_buffers_is_in_the_same_stage() -> None:
     assert gan.averages["generator"].growth.tolist() == gan.generator.growth.tolist() == [12, 32]
 
 
+def test_the_stage_follows_the_buffer_wherever_it_changes() -> None:
+    g = Generator((1, 16, 16), 6, width=2, grown_after=32)
+    g.grow(12)
+    loaded = Generator((1, 16, 16), 6, width=2, grown_after=64)
+    loaded.load_state_dict(g.state_dict())
+    for network in (g, loaded, copy.deepcopy(loaded)):
+        assert (network.growth.tolist(), network.stage()) == ([12, 32], schedule(12, 32, 2))
+
+
 def test_real_samples_lose_the_detail_g_cannot_make_yet_before_anybody_else_sees_them() -> None:
     seen: list[Any] = []
 

@@ -5,7 +5,15 @@ from typing import Any
 import gankit_unrolled
 import pytest
 import torch
-from gankit_unrolled import Unrolled, adam_step, functional_critic, unroll, unrolled_state
+from gankit_unrolled import (
+    Counts,
+    Unrolled,
+    adam_step,
+    functional_critic,
+    unroll,
+    unrolled_state,
+    update_counts,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -49,6 +57,36 @@ def test_a_weight_that_never_had_a_gradient_makes_no_nan() -> None:
     assert new[0] == 0 and slope.isfinite().all()
     (naive,) = torch.autograd.grad((gradient.square() + 0).sqrt().sum(), gradient)
     assert naive.isnan().any()  # what this guards against
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_counts_go_on_as_adams_own_do(fused: bool) -> None:
+    layer = nn.Linear(2, 1)
+    optimizer = torch.optim.Adam(layer.parameters(), fused=fused)
+    counts = Counts(optimizer)
+
+    def step(*, bias: bool = True) -> None:
+        optimizer.zero_grad()
+        (layer(torch.ones(1, 2)) if bias else layer.weight).sum().backward()
+        optimizer.step()
+
+    assert counts() == {}
+    step(bias=False)
+    step()
+    assert counts() == update_counts(optimizer) == {layer.weight: 2, layer.bias: 1}
+    old = copy.deepcopy(optimizer.state_dict())
+    step()
+    step(bias=False)
+    assert counts() == update_counts(optimizer) == {layer.weight: 4, layer.bias: 2}
+    optimizer.load_state_dict(old)
+    assert counts() == {layer.weight: 2, layer.bias: 1}
+    optimizer.state.clear()
+    step()
+    assert counts() == {layer.weight: 1, layer.bias: 1}
+    if fused:  # only to such does a GradScaler leave it to skip a step; it says so by this attribute
+        optimizer.found_inf = torch.ones(())
+        step()
+        assert counts() == update_counts(optimizer) == {layer.weight: 1, layer.bias: 1}
 
 
 # -- closed form ---------------------------------------------------------------------------------------------------

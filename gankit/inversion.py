@@ -1,0 +1,278 @@
+"""What lies between latents, and which latent is nearest to a sample: interpolation, IvOM, reconstruction.
+
+IvOM, inference by optimisation, tells of lost modes without knowing any: a real sample that G cannot make keeps a residual
+(Metz et al. 2016, Unrolled GANs, arXiv 1611.02163, section 3.4; Srivastava et al. 2017, VEEGAN, arXiv 1705.07761, section
+4).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gankit import pictures
+from gankit.config import Device
+from gankit.errors import UsageError
+from gankit.gan import GAN, Latent, derive_seed
+from gankit.provenance import column
+from gankit.run import Reporter, load, read_data
+from gankit.rundir import RunDir
+
+STEPS, RESTARTS, RATE = 200, 3, 0.1
+CHUNK = 256
+SHOWN, ACROSS = 32, 8  # samples in the picture of an inversion, and in one row of it
+PATH = 200  # points between two latents where samples are points
+
+
+class Nearest(NamedTuple):
+    """What IvOM found: z (N, \\*latent), and the residual of each sample (N,)."""
+
+    z: Tensor
+    residuals: Tensor
+
+
+def ivom(
+    network: nn.Module,
+    x: Tensor,
+    latent: Latent,
+    *,
+    steps: int = STEPS,
+    restarts: int = RESTARTS,
+    rate: float = RATE,
+    generator: torch.Generator,
+) -> Nearest:
+    """The latents whose samples are nearest to x: min over z of mean_f (G(z) - x)_f^2, f over pixels or coordinates.
+
+    network: G, from z to samples like x; put in evaluation mode meanwhile. Its parameters and their ``grad`` stay as they
+        are. x: (N, ...). generator: for the starts, on the device of x and of G.
+    steps, restarts, rate: Adam's from each of so many draws of the prior; its rate falls from ``rate`` to 0 along half a
+        cosine. Adam treats each coordinate for itself, so no sample's result depends on another. Of all points met, the
+        best counts. Under a uniform prior z stays in [-1, 1]; under a normal one it is free, as in the papers.
+
+    The residual is in the data's own scale: images are in [-1, 1], and it is 4 times that of images in [0, 1]. It is an
+    upper bound of the true minimum, so compare only what was found with the same steps and restarts. Costs
+    restarts * (steps + 1) passes through G. UsageError for numbers below 1 or samples that G does not make.
+    """
+    if min(steps, restarts) < 1 or rate <= 0:
+        raise UsageError(
+            f"IvOM needs at least one step and one restart and a positive rate, not {steps}, {restarts}, {rate}"
+        )
+    starts = [latent.draw(len(x), generator) for _ in range(restarts)]
+    nearest = Nearest(torch.zeros_like(starts[0]), torch.full((len(x),), math.inf, device=x.device))
+    with evaluating(network), torch.enable_grad():
+        for start in starts:
+            for rows in torch.split(torch.arange(len(x), device=x.device), CHUNK):
+                z, residuals = _descend(network, x[rows], start[rows], steps, rate, latent.kind == "uniform")
+                better = residuals < nearest.residuals[rows]
+                nearest.z[rows[better]], nearest.residuals[rows[better]] = z[better], residuals[better]
+    return nearest
+
+
+def _descend(network: nn.Module, x: Tensor, z: Tensor, steps: int, rate: float, bounded: bool) -> Nearest:
+    """Adam from one start for each sample; the best of all points met."""
+    z = z.clone().requires_grad_()
+    optimizer = torch.optim.Adam([z], lr=rate)
+    best = Nearest(z.detach().clone(), torch.full((len(x),), math.inf, device=x.device))
+    for step in range(steps + 1):
+        fake = network(z)
+        if fake.shape != x.shape:
+            raise UsageError(f"the generator makes {tuple(fake.shape[1:])}, and the samples are {tuple(x.shape[1:])}")
+        residuals = (fake - x).square().flatten(1).mean(1)
+        found = residuals.detach()
+        better = found < best.residuals
+        best.z[better], best.residuals[better] = z.detach()[better], found[better]
+        if step == steps:
+            break
+        (z.grad,) = torch.autograd.grad(residuals.sum(), z)
+        optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
+        optimizer.step()
+        if bounded:
+            z.data.clamp_(-1, 1)
+    return best
+
+
+def interpolate_latents(start: Tensor, end: Tensor, count: int, kind: str) -> Tensor:
+    """``count`` latents from each start to its end, both included: (R, \\*latent) twice -> (R, count, \\*latent).
+
+    kind "uniform": on the straight line, which stays inside the cube. "normal": on the great circle (White 2016, arXiv
+    1609.04468), z(t) = [sin((1 - t) w) start + sin(t w) end] / sin w with w the angle between the two, since a normal
+    prior in many dimensions lies near a sphere, and the middle of a line is far inside it; on the line where w is nearly 0
+    or pi and in one dimension. UsageError for fewer than 2 points or unequal shapes.
+    """
+    if count < 2 or start.shape != end.shape:
+        raise UsageError(
+            f"an interpolation needs 2 points or more between latents of one shape, not {count} between "
+            f"{tuple(start.shape)} and {tuple(end.shape)}"
+        )
+    a, b = (z.double().flatten(1).unsqueeze(1) for z in (start, end))
+    t = torch.linspace(0, 1, count, dtype=torch.float64, device=start.device).unsqueeze(1)
+    z = (1 - t) * a + t * b
+    if kind == "normal":
+        cosine = (a * b).sum(2, keepdim=True) / (a.norm(dim=2, keepdim=True) * b.norm(dim=2, keepdim=True))
+        angle = cosine.clamp(-1, 1).acos()
+        circle = (((1 - t) * angle).sin() * a + (t * angle).sin() * b) / angle.sin()
+        z = torch.where(angle.sin() > 1e-4, circle, z)
+    return z.to(start.dtype).reshape(len(start), count, *start.shape[1:])
+
+
+def has_encoder(gan: GAN) -> bool:
+    """Whether a plugin brings a network from samples to latents: BiGAN's "encoder", VEEGAN's "reconstructor"."""
+    return bool({"encoder", "reconstructor"} & set(gan.players))
+
+
+@torch.no_grad()
+def reconstruct(gan: GAN, x: Tensor) -> Tensor:
+    """G(E(x)) for samples x (N, \\*shape), with the averaged G where there is one, in evaluation mode.
+
+    E is the player "encoder" or "reconstructor"; of one that gives mean and log-variance (ALI's) the mean counts.
+    UsageError where no plugin brings it.
+    """
+    if not has_encoder(gan):
+        raise UsageError(
+            "this GAN has no encoder, and G(E(x)) needs one: train with --plugin bigan, pairwise_gp or veegan"
+        )
+    encoder = (gan.players.get("encoder") or gan.players["reconstructor"]).module
+    network = gan.averages.get("generator", gan.generator)
+    made = []
+    with evaluating(encoder), evaluating(network):
+        for part in torch.split(x, CHUNK):
+            code = encoder(part)
+            if code.flatten(1).shape[1] == 2 * gan.latent.dim:
+                code = code.chunk(2, dim=1)[0]
+                code = code.tanh() if gan.latent.kind == "uniform" else code
+            made.append(network(code.reshape(len(part), *(gan.latent.shape or (gan.latent.dim,)))))
+    return torch.cat(made)
+
+
+def reconstruction_error(gan: GAN, x: Tensor) -> Tensor:
+    """Mean over pixels or coordinates of (G(E(x)) - x)^2 for each sample: (N, \\*shape) -> (N,); see :func:`reconstruct`."""
+    return (reconstruct(gan, x) - x).square().flatten(1).mean(1)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """The module in evaluation mode; afterwards every part of it is in its own mode again."""
+    before = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in before:
+            part.training = training
+
+
+# -- recorded runs -------------------------------------------------------------------------------------------------
+
+
+def interpolate(
+    run: RunDir,
+    reporter: Reporter,
+    to: str | None = None,
+    rows: int = 8,
+    columns: int | None = None,
+    seed: int = 0,
+    checkpoint: str | None = None,
+    device: Device = "auto",
+) -> Path:
+    """``gankit interpolate``: a picture of what lies between pairs of latents, one pair a row, and its path.
+
+    Images become a grid, other samples points along the paths above true ones. columns: latents of a row, both ends
+    included; by default 10, for points 200.
+    """
+    path = _png(to, run.path / "interpolation.png")
+    gan, config = load(run, checkpoint, device)
+    columns = columns or (10 if len(gan.shape) == 3 else PATH)
+    stream = torch.Generator(gan.device).manual_seed(derive_seed(seed, "interpolate"))
+    start, end = gan.latent.draw(rows, stream), gan.latent.draw(rows, stream)
+    z = interpolate_latents(start, end, columns, gan.latent.kind).flatten(0, 1)
+    network = gan.averages.get("generator", gan.generator)
+    with evaluating(network), torch.no_grad():
+        fake = torch.cat([network(part) for part in torch.split(z, CHUNK)]).cpu()
+    if len(gan.shape) == 3:
+        made = pictures.image_grid(fake, columns)
+    else:
+        real = read_data(config, reporter).held_out(2500)
+        title = f"step {gan.step}: paths between {rows} pairs of latents"
+        made = pictures.scatter(real, fake, title=title, limits=pictures.scatter_limits(real))
+    pictures.save_png(made, path)
+    return path
+
+
+@dataclass
+class Inversion:
+    """What ``gankit invert`` found.
+
+    metrics, provenance: means over the samples, by column. variance: the residual that their mean image would leave.
+    worst: the largest residual.
+    """
+
+    step: int
+    metrics: dict[str, float]
+    provenance: dict[str, dict[str, object]]
+    variance: float
+    worst: float
+    picture: Path
+
+
+def invert(
+    run: RunDir,
+    reporter: Reporter,
+    n: int = 64,
+    steps: int = STEPS,
+    restarts: int = RESTARTS,
+    seed: int = 0,
+    to: str | None = None,
+    checkpoint: str | None = None,
+    device: Device = "auto",
+) -> Inversion:
+    """``gankit invert``: IvOM of n held-out samples, and the error of G(E(x)) where the run has an encoder.
+
+    The picture shows the samples that G misses most, worst first, each above the nearest G(z), and above G(E(x)).
+    """
+    path = _png(to, run.path / "inversion.png")
+    gan, config = load(run, checkpoint, device)
+    data = read_data(config, reporter)
+    x = data.held_out(n).to(gan.device)
+    network = gan.averages.get("generator", gan.generator)
+    stream = torch.Generator(gan.device).manual_seed(derive_seed(seed, "invert"))
+    z, residuals = ivom(network, x, gan.latent, steps=steps, restarts=restarts, generator=stream)
+    facts = {"n": len(x), "split": "test", "data": config.data}
+    columns = {"ivom": facts | {"steps": steps, "restarts": restarts, "rate": RATE}}
+    values = {"ivom": residuals.mean().item()}
+    with evaluating(network), torch.no_grad():
+        shown = {"x": x, "nearest G(z)": torch.cat([network(part) for part in torch.split(z, CHUNK)])}
+    if has_encoder(gan):
+        columns["reconstruction_error"], shown["G(E(x))"] = facts, reconstruct(gan, x)
+        values["reconstruction_error"] = (shown["G(E(x))"] - x).square().mean().item()
+    order = residuals.argsort(descending=True).cpu()
+    if data.is_image:
+        worst = [images.cpu()[order[:SHOWN]] for images in shown.values()]
+        blocks = zip(*(torch.split(images, ACROSS) for images in worst), strict=True)
+        grids = [pictures.image_grid(torch.cat(rows), len(rows[0])) for rows in blocks]
+        made = pictures.stacked(grids, f"worst first; each block: {', '.join(shown)}")
+    else:
+        made = pictures.scatter(x.cpu(), shown["nearest G(z)"].cpu(), title=f"step {gan.step}: x and its nearest G(z)")
+    pictures.save_png(made, path)
+    names = {metric: column(metric, about) for metric, about in columns.items()}
+    return Inversion(
+        step=gan.step,
+        metrics={names[metric]: value for metric, value in values.items()},
+        provenance={names[metric]: dict(about) for metric, about in columns.items()},
+        variance=(x - x.mean(0)).square().mean().item(),
+        worst=residuals.max().item(),
+        picture=path,
+    )
+
+
+def _png(to: str | None, default: Path) -> Path:
+    path = Path(to) if to else default
+    if path.suffix != ".png":
+        raise UsageError(f"the picture goes to a .png file, not {path.name!r}")
+    return path

@@ -1,0 +1,168 @@
+"""Networks of the papers' own experiments, for suites that repeat them: ``--generator gankit.protocols:pacgan_generator``.
+
+Sizes and initial weights are those of the authors' published code where it differs from the text (each docstring says so).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional, init
+
+
+class Maxout(nn.Module):
+    """The largest of ``pieces`` affine maps, unit by unit (Goodfellow et al. 2013, arXiv 1302.4389): (B, n) -> (B, m)."""
+
+    def __init__(self, in_features: int, out_features: int, pieces: int) -> None:
+        super().__init__()
+        self.pieces = pieces
+        self.linear = nn.Linear(in_features, out_features * pieces)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, out_features)."""
+        out: Tensor = self.linear(x).unflatten(1, (-1, self.pieces)).amax(2)
+        return out
+
+
+class Logits(nn.Module):
+    """Joins a critic's inputs flat and squeezes its output: any number of (B, ...) -> (B,)."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Return one logit per sample."""
+        out: Tensor = self.body(torch.cat([x.flatten(1) for x in inputs], 1)).flatten()
+        return out
+
+
+def _normal(module: nn.Module, std: float) -> nn.Module:
+    """Weights N(0, std), biases 0, in linear and convolutional layers."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            init.normal_(layer.weight, std=std)
+            if layer.bias is not None:
+                init.zeros_(layer.bias)
+    return module
+
+
+# -- PacGAN on Gaussians -------------------------------------------------------------------------------------------
+
+
+def pacgan_generator(shape: Sequence[int], z_dim: int, width: int = 400) -> nn.Module:
+    """PacGAN's G for rings and grids: four hidden layers of 400 with batch norm and ReLU, without biases but the last.
+
+    As in the authors' ``pacgan_task.py``: weights N(0, 0.02), running statistics that move by 0.05 a step.
+    """
+    layers: list[nn.Module] = []
+    for i in range(4):
+        layers += [
+            nn.Linear(z_dim if i == 0 else width, width, bias=False),
+            nn.BatchNorm1d(width, momentum=0.05),
+            nn.ReLU(),
+        ]
+    return _normal(nn.Sequential(*layers, nn.Linear(width, math.prod(shape)), nn.Unflatten(1, tuple(shape))), 0.02)
+
+
+def pacgan_discriminator(shapes: Sequence[Sequence[int]], width: int = 200, pieces: int = 5) -> nn.Module:
+    """PacGAN's D for rings and grids: three layers of 200 maxout units with five pieces, weights N(0, 0.02)."""
+    features = sum(math.prod(shape) for shape in shapes)
+    layers = [Maxout(features if i == 0 else width, width, pieces) for i in range(3)]
+    return _normal(Logits(nn.Sequential(*layers, nn.Linear(width, 1))), 0.02)
+
+
+# -- unrolled GAN on the ring --------------------------------------------------------------------------------------
+
+
+def _tanh_mlp(features: int, out: int) -> nn.Sequential:
+    body = nn.Sequential(nn.Linear(features, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, out))
+    for layer in body:
+        if isinstance(layer, nn.Linear):
+            init.orthogonal_(layer.weight, gain=1.4)
+            init.zeros_(layer.bias)
+    return body
+
+
+def unrolled_generator(shape: Sequence[int], z_dim: int) -> nn.Module:
+    """G of the unrolled GAN's public notebook: two hidden layers of 128 tanh, orthogonal weights with gain 1.4.
+
+    Its author says that the notebook differs from the paper.
+    """
+    return nn.Sequential(_tanh_mlp(z_dim, math.prod(shape)), nn.Unflatten(1, tuple(shape)))
+
+
+def unrolled_discriminator(shapes: Sequence[Sequence[int]]) -> nn.Module:
+    """D of the unrolled GAN's public notebook: as its G."""
+    return Logits(_tanh_mlp(sum(math.prod(shape) for shape in shapes), 1))
+
+
+# -- DCGAN with TensorFlow's padding, for stacked MNIST ------------------------------------------------------------
+
+
+class SameConv(nn.Module):
+    """A 5x5 convolution of stride 2 whose output side is half the input's, rounded up, padded as TensorFlow's "SAME"."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, out_channels, 5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, s, s) -> (B, C', ceil(s / 2), ceil(s / 2))."""
+        before, after = _same_padding(x.shape[-1])
+        out: Tensor = self.conv(functional.pad(x, (before, after, before, after)))
+        return out
+
+
+class SameDeconv(nn.Module):
+    """The transpose of :class:`SameConv`, to a given side."""
+
+    def __init__(self, channels: int, out_channels: int, side: int) -> None:
+        super().__init__()
+        self.side = side
+        self.deconv = nn.ConvTranspose2d(channels, out_channels, 5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, ceil(side / 2), ceil(side / 2)) -> (B, C', side, side)."""
+        before, _ = _same_padding(self.side)
+        out: Tensor = self.deconv(x)[..., before : before + self.side, before : before + self.side]
+        return out
+
+
+def _same_padding(side: int) -> tuple[int, int]:
+    total = max((math.ceil(side / 2) - 1) * 2 + 5 - side, 0)
+    return total // 2, total - total // 2
+
+
+def dcgan_same_generator(shape: Sequence[int], z_dim: int, width: int = 64) -> nn.Module:
+    """G of PacGAN's stacked-MNIST experiment: the DCGAN of its TensorFlow code, 5x5 kernels, sides halved and rounded up."""
+    channels, side, _ = shape
+    sides = [side]
+    for _ in range(4):
+        sides.append(math.ceil(sides[-1] / 2))
+    widths = [width * 8, width * 4, width * 2, width, channels]
+    layers: list[nn.Module] = [
+        nn.Linear(z_dim, widths[0] * sides[4] ** 2),
+        nn.Unflatten(1, (widths[0], sides[4], sides[4])),
+    ]
+    for i in range(4):
+        layers += [nn.BatchNorm2d(widths[i]), nn.ReLU(), SameDeconv(widths[i], widths[i + 1], sides[3 - i])]
+    return _normal(nn.Sequential(*layers, nn.Tanh()), 0.02)
+
+
+def dcgan_same_discriminator(shapes: Sequence[Sequence[int]], width: int = 64) -> nn.Module:
+    """D of PacGAN's stacked-MNIST experiment: four convolutions with batch norm from the second on."""
+    ((channels, side, _),) = shapes
+    widths = [channels, width, width * 2, width * 4, width * 8]
+    layers: list[nn.Module] = []
+    for i in range(4):
+        layers.append(SameConv(widths[i], widths[i + 1]))
+        if i:
+            layers.append(nn.BatchNorm2d(widths[i + 1]))
+        layers.append(nn.LeakyReLU(0.2))
+        side = math.ceil(side / 2)
+    body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[4] * side**2, 1), nn.Flatten(0))
+    return _normal(body, 0.02)

@@ -1,0 +1,390 @@
+"""What a benchmark found: rows from its runs, means with intervals, paired tests, and tables as Markdown, JSON and HTML."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from gankit.bench import FAILED, Cell, Suite, state_of
+from gankit.errors import UsageError
+from gankit.files import write_atomic
+from gankit.provenance import metric_of
+from gankit.rundir import RunDir, to_json
+from gankit.terminal import label, shown
+
+CONFIDENCE = 0.95
+RESAMPLES = 10_000
+HIGHER_IS_BETTER = {"modes", "high_quality", "inception_score", "precision", "recall", "rare_share"}
+
+
+@dataclass
+class Row:
+    """One run of a suite. ``provenance`` is what else its numbers depend on: rows that differ in it are not compared."""
+
+    data: str
+    method: str
+    steps: int
+    seed: int
+    status: str
+    reason: str = ""
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    truth: dict[str, float | None] = field(default_factory=dict)
+    to_target: dict[str, float] | None = None
+    ms_per_step: float | None = None
+    seconds: float | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+class Estimate(NamedTuple):
+    """A mean over n seeds with its bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def collect(suite: Suite, out: Path) -> list[Row]:
+    """The rows of all runs of a suite that ended, in the suite's order."""
+    rows = []
+    for cell in suite.cells():
+        state = state_of(out / "runs" / cell.name)
+        if state in ("finished", "failed"):
+            rows.append(_row(suite, cell, RunDir(out / "runs" / cell.name), state))
+    return rows
+
+
+def _row(suite: Suite, cell: Cell, run: RunDir, state: str) -> Row:
+    if state == "failed":
+        asked = cell.steps or suite.config(cell).steps or 0
+        return Row(cell.data, cell.method, asked, cell.seed, state, reason=run.read_json(FAILED)["reason"])
+    summary = run.read_json("summary.json")
+    lines = run.rows("stats.jsonl")
+    env, data = run.read_json("env.json"), run.read_json("data.json")
+    return Row(
+        data=cell.data,
+        method=cell.method,
+        steps=summary["steps"],
+        seed=cell.seed,
+        status=state,
+        metrics=summary["metrics"],
+        truth=summary["truth"],
+        to_target=time_to_target(run.rows("metrics.jsonl")[1:], lines, suite.target_of(cell.data)),
+        ms_per_step=statistics.median(line["ms/step"] for line in lines) if lines else None,
+        seconds=summary["seconds"],
+        provenance={
+            "protocol": suite.protocol,
+            "data": {key: data[key] for key in ("name", "shape", "count", "held_out")},
+            "gankit": env["gankit"],
+            "torch": env["torch"].split("+")[0],
+            "device": "cuda" if "cuda" in str(env.get("device", "")).lower() else "cpu",
+        },
+    )
+
+
+def time_to_target(
+    metrics: Iterable[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]], target: Mapping[str, float]
+) -> dict[str, float] | None:
+    """Step and training seconds of the first evaluation in which every metric of ``target`` is at least its value.
+
+    None if there is none, or no target. The seconds are the sum of ``ms/step`` up to there: evaluations and checkpoints are
+    left out.
+    """
+    for row in metrics if target else ():
+        found = {metric_of(name): value for name, value in row.items()}
+        if all((found.get(name) or 0.0) >= least for name, least in target.items()):
+            return {"step": row["step"], "seconds": _seconds(lines, row["step"])}
+    return None
+
+
+def _seconds(lines: Sequence[Mapping[str, Any]], step: int) -> float:
+    total, last = 0.0, 0
+    for line in lines:
+        if last >= step:
+            break
+        total += line["ms/step"] / 1000 * (min(line["step"], step) - last)
+        last = line["step"]
+    return total
+
+
+# -- statistics ----------------------------------------------------------------------------------------------------
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """The mean of seeds' values and its 95 % interval: the bias-corrected bootstrap; no interval for a single value."""
+    mean, n = statistics.fmean(values), len(values)
+    if n < 2 or len(set(values)) == 1:
+        return Estimate(mean, mean if n > 1 else math.nan, mean if n > 1 else math.nan, n)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # it gives nan, and the next method is asked
+        for method in ("BCa", "percentile"):
+            found = stats.bootstrap(
+                (np.asarray(values),), np.mean, confidence_level=CONFIDENCE, n_resamples=RESAMPLES, method=method,
+                rng=np.random.default_rng(0),
+            ).confidence_interval  # fmt: skip
+            if math.isfinite(found.low) and math.isfinite(found.high):
+                break
+    return Estimate(mean, float(found.low), float(found.high), n)
+
+
+def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> tuple[float, float, int] | None:
+    """Mean difference to the baseline over common seeds, the two-sided p of a paired permutation test, and their number.
+
+    The signs of the differences are exchanged, all ways up to 13 seeds (so 10 seeds can give no p below 2/1024), else
+    10,000 random ones. None with fewer than two common seeds.
+    """
+    seeds = sorted(values.keys() & baseline.keys())
+    if len(seeds) < 2:
+        return None
+    differences = np.asarray([values[s] - baseline[s] for s in seeds])
+    if not differences.any():
+        return 0.0, 1.0, len(seeds)
+    found = stats.permutation_test(
+        (differences, np.zeros_like(differences)), lambda a, b: float(np.mean(a - b)), permutation_type="samples",
+        n_resamples=RESAMPLES, rng=np.random.default_rng(0),
+    )  # fmt: skip
+    return float(differences.mean()), float(found.pvalue), len(seeds)
+
+
+# -- tables --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Line:
+    """One method on one data set, over its seeds."""
+
+    method: str
+    steps: int
+    seeds: int
+    failed: list[str]
+    estimates: dict[str, Estimate]
+    against: dict[str, tuple[float, float, int] | None]
+    reached: int
+    to_target: dict[str, float] | None
+    ms_per_step: float | None
+    published: list[dict[str, Any]]
+    worst: dict[str, float]
+
+
+@dataclass
+class Table:
+    """All methods on one data set, rows of one provenance."""
+
+    data: str
+    provenance: dict[str, Any]
+    truth: dict[str, float]
+    metrics: list[str]
+    lines: list[Line]
+    target: dict[str, float]
+
+
+def tabulate(suite: Suite, rows: Sequence[Row]) -> list[Table]:
+    """One table per data set, length of training and provenance; failed rows go to each table of their data set."""
+    tables = []
+    for data, steps in dict.fromkeys((row.data, row.steps) for row in rows):
+        mine = [row for row in rows if row.data == data and row.steps == steps]
+        finished = [row for row in mine if row.status == "finished"]
+        groups = {json.dumps(row.provenance, sort_keys=True): row.provenance for row in finished} or {"": {}}
+        for key, provenance in groups.items():
+            same = [row for row in finished if json.dumps(row.provenance, sort_keys=True) == key]
+            metrics = list(dict.fromkeys(name for row in same for name in row.metrics))
+            failed = [row for row in mine if row.status == "failed"]
+            lines = [
+                _line(suite, method, steps, [r for r in same if r.method == method], same, failed)
+                for method in suite.methods
+                if any(r.method == method for r in (*same, *failed))
+            ]
+            truth = {name: value for row in same[:1] for name, value in row.truth.items() if value is not None}
+            tables.append(Table(data, provenance, truth, metrics, lines, suite.target_of(data)))
+    return tables
+
+
+def _line(suite: Suite, method: str, steps: int, mine: list[Row], same: list[Row], failed: list[Row]) -> Line:
+    estimates, against, worst = {}, {}, {}
+    base = [row for row in same if row.method == suite.baseline]
+    for name in dict.fromkeys(name for row in mine for name in row.metrics):
+        found = {row.seed: value for row in mine if (value := row.metrics.get(name)) is not None}
+        if not found:
+            continue
+        estimates[name] = estimate([found[seed] for seed in sorted(found)])
+        worst[name] = (min if metric_of(name) in HIGHER_IS_BETTER else max)(found.values())
+        if method != suite.baseline and base:
+            against[name] = paired(found, {r.seed: v for r in base if (v := r.metrics.get(name)) is not None})
+    reached = [row.to_target for row in mine if row.to_target]
+    times = [row.ms_per_step for row in mine if row.ms_per_step is not None]
+    data = (mine or failed)[0].data
+    return Line(
+        method=method,
+        steps=steps,
+        seeds=len(mine),
+        failed=[f"seed {row.seed}: {row.reason}" for row in failed if row.method == method],
+        estimates=estimates,
+        against=against,
+        reached=len(reached),
+        to_target={key: statistics.median(r[key] for r in reached) for key in ("step", "seconds")} if reached else None,
+        ms_per_step=statistics.median(times) if times else None,
+        published=[p for p in suite.published if p["data"] == data and p["method"] == method],
+        worst=worst,
+    )
+
+
+HEADLINE = (
+    "modes",
+    "high_quality",
+    "reverse_kl",
+    "kl_to_truth",
+    "worst_share_ratio",
+    "fid",
+    "kid",
+    "sliced_wasserstein",
+)
+
+
+def chosen(table: Table) -> list[str]:
+    """The metrics a table shows: the known ones that are there, in the order of :data:`HEADLINE`.
+
+    Distances that need no modes only stand where no modes are known.
+    """
+    known = {metric_of(name): name for name in table.metrics}
+    return [known[name] for name in HEADLINE if name in known and not (name == HEADLINE[-1] and "modes" in known)]
+
+
+def cells_of(table: Table, brief: bool = False) -> tuple[list[str], list[list[str]]]:
+    """Header and body of a table as text; the first row is the true data's own score. brief: without intervals."""
+    metrics = chosen(table)
+    timed = bool(table.target)
+    header = ["method", *map(label, metrics), *(["target"] if timed else []), "ms/step" if brief else "ms per step"]
+    body = [["*true data*", *(shown(name, table.truth.get(name)) for name in metrics), *([""] if timed else []), ""]]
+    for line in table.lines:
+        row = [f"`{line.method}`"] if brief else [f"`{line.method}` ({line.seeds} seed{'s' * (line.seeds != 1)})"]
+        for name in metrics:
+            found = line.estimates.get(name)
+            row.append("-" if found is None else _estimate(name, found, line, brief))
+        if timed:
+            reached = f"{line.reached} of {line.seeds}"
+            if line.to_target and not brief:
+                reached += f", step {line.to_target['step']:,.0f}, {line.to_target['seconds']:.0f} s"
+            row.append(reached if line.seeds else "-")
+        row.append("-" if line.ms_per_step is None else f"{line.ms_per_step:.1f}")
+        body.append(row)
+        for paper in line.published:
+            body.append(
+                [f"{paper['source']}", *(_published(name, paper) for name in metrics), *([""] if timed else []), ""]
+            )
+    return header, body
+
+
+def _estimate(name: str, found: Estimate, line: Line, brief: bool) -> str:
+    text = shown(name, found.mean) if metric_of(name) != "modes" else f"{found.mean:.1f}"
+    if brief:
+        return text
+    if found.n > 1:
+        low, high = (f"{v:.1f}" if metric_of(name) == "modes" else shown(name, v) for v in found[1:3])
+        text += f" [{low}, {high}]"
+    test = line.against.get(name)
+    if test:
+        text += f", p = {test[1]:.2g}"
+    return text
+
+
+def _published(name: str, paper: Mapping[str, Any]) -> str:
+    value = paper.get(metric_of(name))
+    if value is None:
+        return "-"
+    return f"{value:g}" if metric_of(name) == "modes" else shown(name, value)
+
+
+def markdown(suite: Suite, rows: Sequence[Row]) -> str:
+    """The whole of a suite's results as a Markdown section."""
+    parts = [f"## {suite.title}", f"Protocol: {suite.protocol}." + (f" {suite.about.strip()}" if suite.about else "")]
+    tables = tabulate(suite, rows)
+    for table in tables:
+        header, body = cells_of(table)
+        steps = table.lines[0].steps if table.lines else 0
+        parts.append(f"### {table.data}, {steps:,} steps")
+        if sum(t.data == table.data for t in tables) > 1:
+            facts = ", ".join(
+                f"{key} {value}" for key, value in table.provenance.items() if not isinstance(value, dict)
+            )
+            parts.append(f"Only comparable within this table: {facts}.")
+        parts.append("\n".join([_md(header), _md(["---"] * len(header)), *map(_md, body)]))
+        parts += [f"`{line.method}` failed: {'; '.join(line.failed)}." for line in table.lines if line.failed]
+    parts.append(legend(suite))
+    return "\n\n".join(parts) + "\n"
+
+
+def _md(row: Iterable[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
+
+
+def legend(suite: Suite) -> str:
+    """What the numbers of a table are."""
+    text = "Mean over seeds and its 95 % bootstrap interval."
+    if suite.baseline:
+        text += (
+            f" p: paired permutation test against `{suite.baseline}` on the same seeds, not corrected for many methods."
+        )
+    goals = {data: target for data in suite.data if (target := suite.target_of(data))}
+    if goals:
+        each = "; ".join(
+            ", ".join(f"{label(name)} at least {shown(name, value)}" for name, value in target.items()) + f" on {data}"
+            for data, target in goals.items()
+        )
+        text += f" Target: runs with an evaluation of {each}; median step and training seconds of the first."
+    if suite.published:
+        text += " Rows without seeds are the papers' own figures."
+    return text
+
+
+def plain(suite: Suite, rows: Sequence[Row]) -> dict[str, Any]:
+    """Everything in plain containers: what the tables are made of."""
+    return {
+        "suite": {**asdict(suite), "steps": list(suite.steps)},
+        "rows": [asdict(row) for row in rows],
+        "tables": [asdict(table) for table in tabulate(suite, rows)],
+    }
+
+
+def write(suite: Suite, out: Path) -> list[Row]:
+    """Read the runs of a suite and write ``results.json``, ``results.md`` and, with ``gankit[report]``, ``results.html``."""
+    rows = collect(suite, out)
+    write_atomic(out / "results.json", to_json(plain(suite, rows)))
+    write_atomic(out / "results.md", markdown(suite, rows))
+    page = html([(suite, rows)])
+    if page:
+        write_atomic(out / "results.html", page)
+    return rows
+
+
+def load(path: Path) -> tuple[Suite, list[Row]]:
+    """Suite and rows of a ``results.json``; UsageError if it is none."""
+    try:
+        content = json.loads(path.read_text())
+        suite = Suite(**{**content["suite"], "steps": tuple(content["suite"]["steps"])})
+        return suite, [Row(**row) for row in content["rows"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} holds no results of gankit bench: {error}") from None
+
+
+def html(results: Sequence[tuple[Suite, Sequence[Row]]]) -> str | None:
+    """A page of all tables of some suites; None without jinja2."""
+    try:
+        from jinja2 import Environment, PackageLoader
+    except ImportError:
+        return None
+    sections = []
+    for suite, rows in results:
+        tables = [(table, *cells_of(table)) for table in tabulate(suite, rows)]
+        sections.append({"suite": suite, "tables": tables, "legend": legend(suite)})
+    environment = Environment(loader=PackageLoader("gankit", "template"), autoescape=True)
+    page: str = environment.get_template("bench.html").render(sections=sections)
+    return page

@@ -1,0 +1,372 @@
+"""`gankit bench`: suites, cells that are ordinary runs, continuation, engines, statistics and tables."""
+
+import itertools
+import json
+import math
+import os
+import runpy
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from gankit import UsageError, bench, protocols, results
+from gankit.cli import main
+from gankit.losses import make
+from gankit.plugins import create
+from gankit.results import Row
+
+ROOT = Path(__file__).parents[1]
+SUITE = """
+title = "Two methods"
+protocol = "of a test"
+seeds = 2
+baseline = "none"
+target = { modes = 1 }
+
+[settings]
+z_dim = 2
+z = "normal"
+width = 8
+steps = STEPS
+batch = 16
+eval_samples = 200
+eval_every = 10
+save_every = 10
+log_every = 5
+options.r1.weight = 3
+
+[data.ring]
+data = "ring"
+
+[methods.none]
+
+[methods.r1]
+plugin = ["r1"]
+
+[methods.broken]
+plugin = ["packing"]
+options.packing.m = 3
+
+[[published]]
+data = "ring"
+method = "r1"
+source = "a paper"
+modes = 7.9
+high_quality = 0.977
+"""
+
+
+def suite_file(folder: Path, steps: int = 30) -> Path:
+    path = folder / "two.toml"
+    path.write_text(SUITE.replace("STEPS", str(steps)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[bench.Suite, Path]:
+    folder = tmp_path_factory.mktemp("bench")
+    suite = bench.read(str(suite_file(folder)))
+    bench.execute(suite, folder / "two", jobs=2)
+    return suite, folder / "two"
+
+
+def numbers(rows: list[Row]) -> list[tuple[object, ...]]:
+    return [(row.data, row.method, row.seed, row.status, row.reason, row.metrics) for row in rows]
+
+
+@pytest.mark.parametrize("name", bench.shipped())
+def test_a_shipped_suite_asks_for_what_exists(name: str) -> None:
+    suite = bench.read(name)
+    assert suite.protocol and suite.about and suite.baseline in suite.methods
+    for cell in suite.cells()[: len(suite.data) * len(suite.methods)]:
+        config = suite.config(cell)
+        create(config.plugin, {k: v for k, v in config.options.items() if k != "loss"})
+        make(config.loss, **config.options.get("loss", {}))
+        assert config.threads != "auto" and config.seed == cell.seed
+    for row in suite.published:
+        assert row["data"] in suite.data and row["method"] in suite.methods and row["source"], row
+
+
+def test_settings_go_from_all_to_one() -> None:
+    suite = bench.Suite(
+        "s", "s", "p",
+        data={"a": {"data": "ring", "steps": 5, "options": {"r1": {"weight": 2}}}, "b": {"data": "grid"}},
+        methods={"m": {"plugin": ["r1"], "options": {"r1": {"every": 4}}}, "n": {}},
+        settings={"steps": 9, "batch": 7, "options": {"r1": {"weight": 1, "every": 1}, "loss": {"a": 0}}},
+        seeds=2,
+    )  # fmt: skip
+    a = suite.config(bench.Cell("a", "m", None, 1))
+    assert (a.data, a.steps, a.batch, a.seed, a.threads) == ("ring", 5, 7, 1, 1)
+    assert a.options["r1"] == {"weight": 2, "every": 4}
+    assert suite.config(bench.Cell("b", "m", 11, 0)).steps == 11
+    assert "r1" not in suite.config(bench.Cell("a", "n", None, 0)).options  # of a plugin that is off
+    assert [cell.name for cell in suite.cells()] == [f"{d}-{m}-s{s}" for s in (0, 1) for d in "ab" for m in "mn"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("seeds = 2", "seed = 2"), "did you mean 'seeds'"),
+        (('protocol = "of a test"', ""), "needs 'protocol'"),
+        (('baseline = "none"', 'baseline = "nothing"'), "none of its methods"),
+        (("seeds = 2", "seeds = 0"), "from 1 on"),
+        (("width = 8", "widht = 8"), "did you mean 'width'"),
+        (("[methods.none]", "methods = 3\n[x]"), "valid TOML|is a table|has no 'x'"),
+    ],
+)
+def test_a_wrong_suite_is_one_sentence(change: tuple[str, str], said: str, tmp_path: Path) -> None:
+    path = tmp_path / "two.toml"
+    path.write_text(SUITE.replace("STEPS", "30").replace(*change))
+    with pytest.raises(UsageError, match=said):
+        bench.read(str(path))
+
+
+def test_unknown_names_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no suite 'rign'.*did you mean 'ring'"):
+        bench.read("rign")
+    suite = bench.read(str(suite_file(tmp_path)))
+    with pytest.raises(UsageError, match="has no 'r2'; it has none, r1, broken"):
+        bench.narrowed(suite, seeds=None, methods=["r2"], data=[], steps=None)
+    only = bench.narrowed(suite, seeds=5, methods=["r1"], data=[], steps=7)
+    assert (only.baseline, only.seeds, only.steps, [*only.methods]) == (None, 5, (7,), ["r1"])
+
+
+def test_every_cell_is_a_run_and_a_failed_one_a_row(finished: tuple[bench.Suite, Path]) -> None:
+    suite, out = finished
+    rows = results.write(suite, out)
+    assert [(r.method, r.seed, r.status) for r in rows] == [
+        ("none", 0, "finished"), ("r1", 0, "finished"), ("broken", 0, "failed"),
+        ("none", 1, "finished"), ("r1", 1, "finished"), ("broken", 1, "failed"),
+    ]  # fmt: skip
+    assert rows[2].reason.startswith("packing joins 3 samples")
+    config = (out / "runs" / "ring-r1-s1" / "config.toml").read_text()
+    assert "seed = 1" in config and "threads = 1" in config and "weight = 3" in config
+    assert (out / "runs" / "ring-r1-s1" / "checkpoints" / "latest" / "state.pt").exists()
+    summary = json.loads((out / "runs" / "ring-r1-s1" / "summary.json").read_text())
+    assert rows[4].metrics == summary["metrics"]
+    text = (out / "results.md").read_text()
+    assert "| a paper | 7.9 | 97.7% |" in text and "`broken` failed: seed 0: packing joins" in text
+    again, loaded = results.load(out / "results.json")
+    assert (again, loaded) == (suite, rows)
+    assert results.markdown(again, loaded) == text
+
+
+def test_a_finished_suite_trains_nothing_again(finished: tuple[bench.Suite, Path]) -> None:
+    suite, out = finished
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
+    calls: list[tuple[object, int, int]] = []
+    bench.execute(suite, out, report=lambda *call: calls.append(call))
+    assert calls == [(None, 6, 6)]
+    assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
+    other = bench.narrowed(suite, seeds=None, methods=["r1"], data=[], steps=None)
+    other.methods["r1"]["batch"] = 32
+    try:
+        with pytest.raises(UsageError, match=r"other settings \(batch: 16 -> 32\)"):
+            bench.execute(other, out)
+    finally:
+        del other.methods["r1"]["batch"]
+
+
+def test_retry_trains_what_failed(finished: tuple[bench.Suite, Path], tmp_path: Path) -> None:
+    suite, _ = finished
+    suite = bench.narrowed(suite, seeds=1, methods=["none"], data=[], steps=5)
+    folder = tmp_path / "runs" / "ring-none-5-s0"
+    folder.mkdir(parents=True)
+    (folder / bench.FAILED).write_text('{"exit_code": null, "reason": "the machine went away"}\n')
+    bench.execute(suite, tmp_path)
+    assert results.collect(suite, tmp_path)[0].reason == "the machine went away"
+    bench.execute(suite, tmp_path, retry=True)
+    assert results.collect(suite, tmp_path)[0].status == "finished"
+
+
+def test_a_stopped_suite_continues_to_the_same_numbers(tmp_path: Path) -> None:
+    path = suite_file(tmp_path, steps=300)
+    command = [sys.executable, "-m", "gankit", "bench", str(path), "--out", str(tmp_path / "a"), "--seeds", "1"]
+    command += ["--jobs", "1", "--method", "r1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    steps = tmp_path / "a" / "two" / "runs" / "ring-r1-s0" / "checkpoints"
+    deadline = time.monotonic() + 60
+    while not list(steps.glob("step-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 1
+    assert process.stderr is not None and "the same command continues" in process.stderr.read()
+    assert bench.state_of(steps.parent) == "begun" and list(steps.glob("step-*"))
+    assert CliRunner().invoke(main, command[3:], catch_exceptions=False).exit_code == 0
+    suite = bench.narrowed(bench.read(str(path)), seeds=1, methods=["r1"], data=[], steps=None)
+    bench.execute(suite, tmp_path / "b")
+    assert numbers(results.collect(suite, tmp_path / "a" / "two")) == numbers(results.collect(suite, tmp_path / "b"))
+
+
+def test_ray_gives_the_same_table(finished: tuple[bench.Suite, Path], tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed; it is in requirements-dev.txt")
+    suite, out = finished
+    suite = bench.narrowed(suite, seeds=1, methods=[], data=[], steps=None)
+    bench.execute(suite, tmp_path, engine="ray", jobs=2)
+    rows = results.collect(suite, tmp_path)
+    assert numbers(rows) == numbers(results.collect(suite, out)) and len(rows) == 3
+    run = tmp_path / "runs" / "ring-r1-s0"
+    assert (run / "checkpoints" / "latest" / "generator_ema.safetensors").exists()
+    assert CliRunner().invoke(main, ["evaluate", str(run)], catch_exceptions=False).exit_code == 0
+
+
+# -- statistics ----------------------------------------------------------------------------------------------------
+
+
+def test_the_interval_holds_the_mean_and_shrinks() -> None:
+    torch.manual_seed(0)
+    few, many = (torch.randn(n).tolist() for n in (8, 200))
+    a, b = results.estimate(few), results.estimate(many)
+    assert a.mean == statistics.fmean(few) and a.low < a.mean < a.high
+    normal = 1.96 * statistics.stdev(many) / math.sqrt(200)
+    assert math.isclose(b.high - b.low, 2 * normal, rel_tol=0.1)
+    assert b.high - b.low < a.high - a.low
+    assert results.estimate([3.0, 3.0])[:3] == (3, 3, 3)
+    assert math.isnan(results.estimate([3.0]).low)
+
+
+def test_the_paired_test_counts_all_signs() -> None:
+    a = {0: 0.5, 1: 0.7, 2: 0.6, 3: 0.9, 4: 0.4, 9: 5.0}
+    b = {0: 0.4, 1: 0.8, 2: 0.3, 3: 0.5, 4: 0.35, 8: -5.0}
+    d = [a[s] - b[s] for s in range(5)]
+    means = [
+        statistics.fmean(sign * x for sign, x in zip(signs, d, strict=True))
+        for signs in itertools.product((1, -1), repeat=5)
+    ]
+    observed = statistics.fmean(d)
+    low = sum(m <= observed + 1e-12 for m in means) / 32
+    high = sum(m >= observed - 1e-12 for m in means) / 32
+    found = results.paired(a, b)
+    assert found is not None and found[2] == 5
+    assert math.isclose(found[0], observed) and math.isclose(found[1], min(1.0, 2 * min(low, high)))
+    assert results.paired(a, a) == (0.0, 1.0, 6)
+    assert results.paired({0: 1.0}, {0: 2.0}) is None
+
+
+def test_time_to_target_is_the_first_evaluation_that_holds_all() -> None:
+    metrics = [
+        {"step": 10, "modes": 8, "high_quality": 0.5},
+        {"step": 20, "modes": 7, "high_quality": 0.95},
+        {"step": 30, "modes": 8, "high_quality": 0.9},
+        {"step": 40, "modes": 8, "high_quality": 0.99},
+    ]
+    lines = [{"step": 25, "ms/step": 10.0}, {"step": 50, "ms/step": 100.0}]
+    target = {"modes": 8, "high_quality": 0.9}
+    assert results.time_to_target(metrics, lines, target) == {"step": 30, "seconds": pytest.approx(0.25 + 0.5)}
+    assert results.time_to_target(metrics[:2], lines, target) is None
+    assert results.time_to_target(metrics, lines, {}) is None
+
+
+def row(method: str, seed: int, quality: float, gankit: str = "1") -> Row:
+    facts = {"protocol": "p", "gankit": gankit}
+    return Row("ring", method, 9, seed, "finished", metrics={"high_quality": quality}, truth={}, provenance=facts)
+
+
+def test_rows_of_other_provenance_are_never_compared(finished: tuple[bench.Suite, Path]) -> None:
+    suite, _ = finished
+    rows = [row("none", 0, 0.1), row("none", 1, 0.2), row("r1", 0, 0.5, "2"), row("r1", 1, 0.6, "2")]
+    tables = results.tabulate(suite, rows)
+    assert [[line.method for line in table.lines] for table in tables] == [["none"], ["r1"]]
+    assert all(not line.against for table in tables for line in table.lines)
+    assert "Only comparable within this table: protocol p, gankit 2." in results.markdown(suite, rows)
+    (table,) = results.tabulate(suite, [row("none", 0, 0.1), row("none", 1, 0.2), row("r1", 0, 0.5), row("r1", 1, 0.6)])
+    test = table.lines[1].against["high_quality"]
+    assert test is not None and math.isclose(test[0], 0.4)
+
+
+def test_the_page_escapes_what_it_shows(finished: tuple[bench.Suite, Path]) -> None:
+    pytest.importorskip("jinja2", reason="jinja2 is not installed; it is in requirements-dev.txt")
+    from dataclasses import replace
+
+    suite, out = finished
+    page = results.html([(replace(suite, title="<script>alert(1)</script>"), results.collect(suite, out))])
+    assert page is not None and "<script>" not in page and "&lt;script&gt;" in page and "a paper" in page
+
+
+# -- command line --------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line(finished: tuple[bench.Suite, Path], tmp_path: Path) -> None:
+    _, out = finished
+    invoke = CliRunner().invoke
+    listed = invoke(main, ["bench"]).output
+    assert all(name in listed for name in bench.shipped())
+    assert {s["name"] for s in json.loads(invoke(main, ["bench", "--json"]).output)} == set(bench.shipped())
+    path = str(out.parent / "two.toml")
+    dry = invoke(main, ["bench", path, "--out", str(out.parent), "--dry-run"]).output
+    assert "ring-r1-s0  finished" in dry and "ring-broken-s0  failed" in dry
+    done = invoke(main, ["bench", path, "--out", str(out.parent)])
+    assert done.exit_code == 0 and "broken failed, seed 0: packing joins" in done.output
+    as_json = invoke(main, ["bench", path, "--out", str(out.parent), "--json"])
+    assert json.loads(as_json.stdout)[0]["suite"]["name"] == "two"
+    for arguments, said in (
+        ([path, "--jobs", "0"], "whole number"),
+        (["nothing"], "no suite"),
+        (["x.toml"], "cannot read"),
+    ):
+        result = invoke(main, ["bench", *arguments])
+        assert result.exit_code == 2 and said in result.output
+
+
+# -- networks of the papers ----------------------------------------------------------------------------------------
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_the_papers_networks_have_their_sizes() -> None:
+    # PacGAN prints its parameters' numbers; by hand: 3 hidden 400x400, batch norms, input and output with bias
+    assert count(protocols.pacgan_generator((2,), 2)) == 2 * 400 + 3 * 400**2 + 4 * 800 + 400 * 2 + 2
+    assert count(protocols.pacgan_discriminator([(4,)])) == 5 * 1000 + 2 * 201 * 1000 + 201
+    assert count(protocols.unrolled_generator((2,), 256)) == 257 * 128 + 129 * 128 + 129 * 2
+    g, d = protocols.dcgan_same_generator((3, 28, 28), 100), protocols.dcgan_same_discriminator([(6, 28, 28)])
+    x = g(torch.randn(3, 100))
+    assert x.shape == (3, 3, 28, 28) and d(torch.cat([x, x], 1)).shape == (3,)
+    layer = protocols.unrolled_discriminator([(2,)]).body[2]
+    assert torch.allclose(layer.weight @ layer.weight.T, 1.4**2 * torch.eye(128), atol=1e-4)
+
+
+def test_maxout_is_the_largest_piece() -> None:
+    layer = protocols.Maxout(3, 4, 5)
+    x = torch.randn(6, 3)
+    pieces = torch.stack([x @ layer.linear.weight[p::5].T + layer.linear.bias[p::5] for p in range(5)])
+    assert torch.allclose(layer(x), pieces.max(0).values, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", [28, 14, 7, 4])
+def test_same_deconvolution_is_the_transpose_of_same_convolution(side: int) -> None:
+    conv, deconv = protocols.SameConv(2, 3), protocols.SameDeconv(3, 2, side)
+    torch.nn.init.zeros_(conv.conv.bias)
+    torch.nn.init.zeros_(deconv.deconv.bias)
+    deconv.deconv.weight.data = conv.conv.weight.data
+    x = torch.randn(1, 2, side, side, dtype=torch.float64)
+    y = torch.randn(1, 3, math.ceil(side / 2), math.ceil(side / 2), dtype=torch.float64)
+    conv, deconv = conv.double(), deconv.double()
+    assert conv(x).shape == y.shape
+    assert math.isclose((conv(x) * y).sum().item(), (x * deconv(y)).sum().item(), rel_tol=1e-9)
+
+
+# -- what is published ---------------------------------------------------------------------------------------------
+
+
+def test_the_page_of_results_is_made_from_its_files() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "results" / "make.py"))
+    assert (ROOT / "docs" / "results.md").read_text() == made["page"](), "run: python docs/results/make.py"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "results").glob("*.json")), ids=lambda p: p.stem)
+def test_a_published_result_is_of_the_shipped_suite(path: Path) -> None:
+    suite, rows = results.load(path)
+    shipped = bench.read(path.stem)
+    for cell in suite.cells():
+        assert shipped.config(cell) == suite.config(cell), cell
+    assert {(r.data, r.method, r.seed) for r in rows} == {(c.data, c.method, c.seed) for c in suite.cells()}
+    assert suite.published == [p for p in shipped.published if p["method"] in shipped.methods]
