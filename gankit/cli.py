@@ -489,8 +489,17 @@ def explain(**given: Any) -> None:
 @click.option("--dry-run", is_flag=True, help="only list the runs and what there is of them")
 @json_flag
 def bench(
-    suite: tuple[str, ...], seeds: int | None, steps: int | None, methods: tuple[str, ...], data: tuple[str, ...],
-    out: str, jobs: str, engine: str, retry: bool, dry_run: bool, as_json: bool,
+    suite: tuple[str, ...],
+    seeds: int | None,
+    steps: int | None,
+    methods: tuple[str, ...],
+    data: tuple[str, ...],
+    out: str,
+    jobs: str,
+    engine: str,
+    retry: bool,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Compare methods over seeds: run a SUITE, end with tables. Without SUITE: list those that come with gankit.
 

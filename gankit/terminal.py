@@ -271,7 +271,9 @@ class BenchProgress:
         """A cell ended; or, at the start, None."""
         self.bar.update(self.task, completed=done, total=total)
         if not self.console.is_terminal:
-            self.console.print(f"{self.name}: {done} of {total} runs{f', {cell.name}' if cell else ''}", highlight=False)
+            self.console.print(
+                f"{self.name}: {done} of {total} runs{f', {cell.name}' if cell else ''}", highlight=False
+            )
 
 
 def show_bench(console: Console, suite: Suite, rows: list[Row], folder: Path) -> None:
@@ -291,7 +293,9 @@ def show_bench(console: Console, suite: Suite, rows: list[Row], folder: Path) ->
         console.print(shown_table)
         for line in table.lines:
             for reason in line.failed:
-                console.print(f"[yellow]{escape(line.method)} failed,[/] {escape(reason)}", highlight=False, soft_wrap=True)
+                console.print(
+                    f"[yellow]{escape(line.method)} failed,[/] {escape(reason)}", highlight=False, soft_wrap=True
+                )
     console.print(f"\n[dim]{escape(legend(suite))}[/]", highlight=False)
     for name in ("results.md", "results.json", "results.html"):
         if (folder / name).exists():

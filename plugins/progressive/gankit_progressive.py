@@ -206,7 +206,7 @@ class Growing(nn.Module):
         self.growth[0], self.growth[1] = shown, grown_after
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*arguments)
         self.shown, self.grown_after = self.growth.tolist()
 
 
