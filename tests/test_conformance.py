@@ -7,7 +7,9 @@ import re
 import subprocess
 import sys
 import unittest
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from click.testing import CliRunner
 from conformance import IN_TREE, caught_by_its_own, failures
 from torch import Tensor, nn
 
-from gankit import GAN, UsageError, View, hookimpl
+from gankit import GAN, Batch, UsageError, View, hookimpl
 from gankit.claims import Claims
 from gankit.cli import main
 from gankit.conformance import AFTER, CHECKS, checks_of, mend_of, rule_of
@@ -235,7 +237,38 @@ class Legitimate(Plugin):
         return self.term(scale * steep + torch.where(noise > 0.5, noise, -noise).mean() * real_logits.square().mean())
 
 
+@dataclass(eq=False)
+class LazyWithState(Plugin):
+    """Near its running average, in every fourth step, four times as strong; the average moves whenever it acts."""
+
+    every: Annotated[int, "apply in every k-th step, k times as strong"] = 4
+
+    def __post_init__(self) -> None:
+        self.average, self.seen = torch.zeros(()), None
+
+    @hookimpl
+    def post_g_loss(self, batch: Batch, step: int) -> dict[str, Tensor] | None:
+        self.seen = None
+        if step % self.every:
+            return None
+        mean = batch.fake.mean()
+        self.seen = mean.detach()
+        return self.term(self.every * (mean - self.average.to(mean)).square())
+
+    @hookimpl
+    def post_step(self, phase: str) -> None:
+        if phase == "g" and self.seen is not None:
+            self.average, self.seen = self.average.to(self.seen).lerp(self.seen, 0.5), None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"average": self.average}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.average = state["average"]
+
+
 def test_unusual_but_right() -> None:
+    assert not failures(LazyWithState)
     assert not failures(Legitimate)
     assert not failures(WhereItErrs)
 
@@ -256,6 +289,8 @@ class VectorsOnly(Plugin):
 def test_one_kind_may_be_refused_not_both() -> None:
     VectorsOnly.data = ("vector", "image")
     assert not failures(VectorsOnly)
+    (check,) = checks_of(VectorsOnly, only=["three_steps"])
+    assert str(check.result()).startswith("ok      three_steps: on vectors alone, for images are refused: vectors only")
     VectorsOnly.data = ("image",)
     assert failures(VectorsOnly).keys() == {"three_steps"}
 

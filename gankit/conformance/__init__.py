@@ -22,7 +22,10 @@ from gankit.errors import UsageError
 from gankit.options import build, closest
 from gankit.plugins import available, find, snake_case
 
-CHECKS: tuple[Callable[[Bench], None], ...] = (
+# a check raises what is wrong, and may say what it did not look at
+Checker = Callable[[Bench], str | None]
+
+CHECKS: tuple[Checker, ...] = (
     declared.options,
     declared.two_instances,
     declared.hooks,
@@ -61,6 +64,9 @@ CHECKS: tuple[Callable[[Bench], None], ...] = (
     views.view_form,
     views.view_sides_alike,
     views.view_gradient,
+    views.view_again,
+    views.view_phases_alike,
+    views.view_keeps_others,
     surroundings.batch_sizes,
     surroundings.smaller_batch,
     surroundings.logit_shapes,
@@ -87,7 +93,7 @@ CHECKS: tuple[Callable[[Bench], None], ...] = (
 # those without which the random numbers of an update cannot be played again
 RANDOM = (effects.global_random, effects.own_generator)
 # What a slip breaks as well is told by one check alone: the others wait until that one holds.
-AFTER: dict[Callable[[Bench], None], tuple[Callable[[Bench], None], ...]] = {
+AFTER: dict[Checker, tuple[Checker, ...]] = {
     declared.hooks: (declared.two_instances,),
     effects.own_generator: (effects.own_stream,),
     state.parameters_kept: (declared.finite,),
@@ -98,6 +104,9 @@ AFTER: dict[Callable[[Bench], None], tuple[Callable[[Bench], None], ...]] = {
     gradients.weight_is_a_factor: (declared.finite, state.same_seed),
     gradients.every: (declared.finite, state.same_seed),
     views.view_sides_alike: (effects.inputs_kept,),
+    views.view_again: (effects.inputs_kept, *RANDOM),
+    views.view_phases_alike: (views.view_again, effects.inputs_kept, *RANDOM),
+    views.view_keeps_others: (effects.inputs_kept, views.view_form),
     surroundings.batch_sizes: (state.parameters_kept, views.view_form),
     surroundings.logit_shapes: (declared.finite, gradients.derivative, state.two_at_once, *RANDOM),
     surroundings.several_inputs: (state.parameters_kept,),
@@ -122,7 +131,7 @@ AFTER: dict[Callable[[Bench], None], tuple[Callable[[Bench], None], ...]] = {
 
 @dataclass(frozen=True)
 class Result:
-    """What a check found. what: is wrong, and where, or why it was skipped. mend: what to do about it."""
+    """What a check found. what: is wrong, and where, or was not looked at, and why. mend: what to do about it."""
 
     check: str
     status: Literal["ok", "failed", "skipped"]
@@ -140,7 +149,7 @@ class Result:
 class Check:
     """One check of one plugin: call it, and it raises AssertionError with one line, or skips the test with the reason."""
 
-    function: Callable[[Bench], None]
+    function: Checker
     bench: Bench
 
     def __str__(self) -> str:
@@ -161,7 +170,7 @@ class Check:
             return Result(name, "skipped", f"waived: {self.bench.claims.waives[name]}")
         try:
             with global_random(), contextlib.redirect_stdout(io.StringIO()):
-                self.function(self.bench)
+                said = self.function(self.bench)
         except Failed as failed:
             return Result(name, "failed", str(failed), failed.mend or mend_of(self.function))
         except Skipped as skipped:
@@ -170,7 +179,7 @@ class Check:
             return Result(name, "failed", f"refused where it was not before: {sentence(error)}", mend_of(self.function))
         except Exception as error:
             return Result(name, "failed", f"the check stopped: {sentence(error)}", mend_of(self.function))
-        return Result(name, "ok")
+        return Result(name, "ok", said or "")
 
     def __call__(self) -> None:
         """Run it for pytest or unittest."""
@@ -187,23 +196,23 @@ class Check:
             raise unittest.SkipTest(reason)
 
 
-def _waits(check: Callable[[Bench], None], bench: Bench) -> bool:
+def _waits(check: Checker, bench: Bench) -> bool:
     return any(
         Check(first, bench).result().status == "failed" or _waits(first, bench) for first in AFTER.get(check, ())
     )
 
 
-def rule_of(check: Callable[[Bench], None]) -> str:
+def rule_of(check: Checker) -> str:
     """What must hold."""
     return _paragraphs(check)[0]
 
 
-def mend_of(check: Callable[[Bench], None]) -> str:
+def mend_of(check: Checker) -> str:
     """What to do if it does not."""
     return _paragraphs(check)[1]
 
 
-def _paragraphs(check: Callable[[Bench], None]) -> tuple[str, str]:
+def _paragraphs(check: Checker) -> tuple[str, str]:
     rule, mend = (" ".join(part.split()) for part in inspect.getdoc(check).split("Mend:"))  # type: ignore[union-attr]
     return rule, mend.replace("``", "`")
 

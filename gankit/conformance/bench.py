@@ -19,7 +19,7 @@ from gankit.contract import PHASES, watched
 from gankit.errors import UsageError
 from gankit.gan import GAN, Latent, Optim, derive_seed
 from gankit.loop import TERMS, Terms, total, train
-from gankit.options import build
+from gankit.options import build, options_of
 from gankit.plugins import ContractError, manager
 from gankit.testing import Log
 
@@ -141,10 +141,15 @@ def _around_wrapper(
 
 
 class Bench:
-    """One plugin, its options, and what several checks share."""
+    """One plugin, its options, and what several checks share.
+
+    given: the options as they were asked for. options: those the checks use; a lazy plugin acts in every step, or most of
+    what it does would lie beyond the few steps that are watched.
+    """
 
     def __init__(self, name: str, factory: type, options: Mapping[str, Any] | None = None) -> None:
-        self.name, self.factory, self.options = name, factory, dict(options or {})
+        self.name, self.factory, self.given = name, factory, dict(options or {})
+        self.options = {**({"every": 1} if "every" in options_of(factory) else {}), **self.given}
         self.data = tuple(KINDS)
         self._kept: dict[Any, Any] = {}
 
@@ -340,6 +345,7 @@ class Scene:
         self.rngs = {key: rng.get_state() for key, rng in gan.rngs.items()}
         self.buffers = [(b, b.clone()) for p in gan.players.values() for b in p.module.buffers()]
         self.real, self.z = gan.next_real(), gan.next_z()
+        self.seed = 1  # of the plugin's stream when it is played
 
     @property
     def kind(self) -> str:
@@ -357,7 +363,7 @@ class Scene:
         gan.rngs = {name: rng for name, rng in gan.rngs.items() if name in self.rngs}
         for name, state in self.rngs.items():
             gan.rngs[name].set_state(state)
-        gan.rng(self.plugin).manual_seed(1)
+        gan.rng(self.plugin).manual_seed(self.seed)
         with torch.no_grad():
             for buffer, value in self.buffers:
                 buffer.copy_(value)

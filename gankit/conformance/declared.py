@@ -39,7 +39,7 @@ def options(bench: Bench) -> None:
             raise Failed(f"the option {name!r} cannot be given as text, not even its default: {error}") from error
         expect(read == given, f"the option {name!r} given as {text!r} becomes {read!r}, not {given!r}")
     try:
-        build(cls, bench.options, bench.name)
+        build(cls, bench.given, bench.name)
     except UsageError as error:
         raise Failed(f"it cannot be built with its defaults: {error}") from error
 
@@ -131,7 +131,7 @@ def no_cuda(bench: Bench) -> None:
                     )
 
 
-def three_steps(bench: Bench) -> None:
+def three_steps(bench: Bench) -> str:
     """It trains for three steps on vectors and on images, or refuses one of them in a sentence.
 
     Mend: what cannot work is refused in ``setup`` with ``UsageError``; every other exception is a bug.
@@ -151,6 +151,13 @@ def three_steps(bench: Bench) -> None:
             raise Failed(f"on {record.kind}s: {text}", mend)
     if all(record.refused for record in records):
         raise Failed(f"it refuses vectors and images alike: {records[0].error}", "give options with which it works: -o")
+    return "; ".join(
+        f"on vectors alone, for images are refused: {r.error}"
+        if r.kind == "image"
+        else f"on images alone, for vectors are refused: {r.error}"
+        for r in records
+        if r.refused
+    )
 
 
 def finite(bench: Bench) -> None:

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gankit.conformance.bench import Bench, Skipped, expect, global_random, quiet
+from gankit.conformance.bench import (
+    BATCH,
+    Bench,
+    Failed,
+    Skipped,
+    default_dtype,
+    expect,
+    global_random,
+    quiet,
+    sentence,
+)
+from gankit.conformance.surroundings import Conditional, Labels
 from gankit.contract import Batch, View
+from gankit.errors import UsageError
 from gankit.gan import GAN
 from gankit.loop import train
 
@@ -83,21 +96,93 @@ def view_gradient(bench: Bench) -> None:
 
 
 def view_form(bench: Bench) -> None:
-    """The view has a row per sample, or per pack of equally many, in the dtype of the samples.
+    """The view has a row per sample, or per pack of equally many, in the dtype of the samples, of smaller batches, too.
 
-    Mend: no samples dropped or repeated on one side alone; ``dtype=x.dtype`` for what is mixed in.
+    Mend: no samples dropped or repeated; ``len(x)`` for ``gan.batch_size``; ``dtype=x.dtype`` for what is mixed in.
     """
-    for kind in need_view(bench):
-        gan, _, batch = staged(bench, kind)
-        real, fake = (side[0] for side in shown(gan, batch))
-        rows = len(real)
-        expect(rows and len(batch.real) % rows == 0, f"on {kind}s, {len(batch.real)} samples are shown as {rows} rows")
+    for kind, dtype, half in itertools.product(need_view(bench), (torch.float32, torch.float64), (False, True)):
+        with default_dtype(dtype):
+            gan, _, batch = staged(bench, kind)
+            if half:  # as the last batch of an epoch may be
+                rows = slice(BATCH // 2)
+                extra = {name: t[rows] for name, t in batch.extra.items()}
+                batch = Batch(batch.real[rows], batch.fake[rows], batch.z[rows], extra)
+            try:
+                real, fake = (side[0] for side in shown(gan, batch))
+            except UsageError:
+                continue
+            except Exception as error:
+                raise Failed(f"on {kind}s, {len(batch.real)} samples: {sentence(error)}") from error
+        n = len(real)
+        expect(n and len(batch.real) % n == 0, f"on {kind}s, {len(batch.real)} samples are shown as {n} rows")
         for name, x in (("real", real), ("fake", fake)):
             expect(
                 x.dtype == batch.real.dtype,
                 f"on {kind}s, the {name} side is shown as {x.dtype}, not {batch.real.dtype}",
             )
             expect(x.isfinite().all(), f"on {kind}s, the {name} side has values that are not finite")
+
+
+def view_again(bench: Bench) -> None:
+    """The same update shows the same, as often as it is asked: other plugins ask, too.
+
+    Mend: compute a schedule from ``step``, and move what the plugin remembers in ``post_step``.
+    """
+    for kind in need_view(bench):
+        gan, plugin, batch = staged(bench, kind)
+        expect(
+            _same(*(_replayed(gan, plugin, batch) for _ in range(2))),
+            f"on {kind}s, the second call shows something else",
+        )
+
+
+def view_phases_alike(bench: Bench) -> None:
+    """G's update shows of the same samples what D's does: D scores what it was trained on.
+
+    Mend: leave ``phase`` alone in ``view``.
+    """
+    for kind in need_view(bench):
+        gan, plugin, batch = staged(bench, kind)
+        d, g = (_replayed(gan, plugin, batch, phase) for phase in "dg")
+        expect(_same(d, g), f"on {kind}s, the same samples are shown otherwise in phase 'g' than in phase 'd'")
+
+
+def _replayed(gan: GAN, plugin: object, batch: Batch, phase: str = "d") -> View:
+    gan.rng(plugin).manual_seed(1)
+    return shown(gan, batch, phase)
+
+
+def _same(one: View, two: View) -> bool:
+    """Equal shapes and values, not a number included."""
+    pairs = [*zip((*one.real, *one.fake), (*two.real, *two.fake), strict=False)]
+    return len(one.real) == len(two.real) and all(
+        a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs
+    )
+
+
+def view_keeps_others(bench: Bench) -> None:
+    """Of a view (x, code, label) that others made, code and label are handed on, and the label's whole numbers as they are.
+
+    Mend: ``View((mine(view.real[0]), *view.real[1:]), (mine(view.fake[0]), *view.fake[1:]))``.
+    """
+    for kind in need_view(bench):
+        with quiet(), global_random(0):
+            try:
+                plugin = bench.plugin()
+                others = {"labels": Labels()}
+                gan = bench.gan(kind, {bench.name: plugin}, core=others, discriminator=Conditional)
+                known = {"real": gan.next_real(), "z": gan.next_z(), "phase": "d", "step": 1}
+                with torch.no_grad():
+                    batch = gan.hook.sample(gan=gan, **known)
+                view = shown(gan, batch)
+            except UsageError as error:
+                raise Skipped(f"it refuses: {error}") from error
+        for name, side in zip(View._fields, view, strict=True):
+            expect(len(side) >= 3, f"on {kind}s, of x, code and label on the {name} side only {len(side)} are left")
+            labels = [t.flatten().sort().values for t in side if not t.is_floating_point()]
+            right = torch.arange(BATCH).remainder(3).sort().values
+            kept = any(torch.equal(t, right.to(t)) for t in labels)
+            expect(kept, f"on {kind}s, the labels of the {name} side are not what they were")
 
 
 def claimed_rows_apart(bench: Bench) -> None:

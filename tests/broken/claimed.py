@@ -10,10 +10,17 @@ import torch
 from torch import Tensor
 
 from broken import Plugin
-from gankit import GAN, View, hookimpl
+from gankit import GAN, Batch, View, hookimpl
 from gankit.checks import need_per_sample_critic
 from gankit.claims import Claims
-from gankit.functional import input_gradients, interpolate, logit_per_sample, norm_per_sample, squared_gradient_norm
+from gankit.functional import (
+    extra_pass,
+    input_gradients,
+    interpolate,
+    logit_per_sample,
+    norm_per_sample,
+    squared_gradient_norm,
+)
 
 NORM = Claims(gradient_norm=lambda self, norm: self.weight * (norm - 1) ** 2)
 
@@ -278,3 +285,38 @@ class ScoresAgain(Plugin):
     def pre_d_loss(self, critic: Callable[..., Tensor], view: View) -> dict[str, Tensor]:
         slopes = input_gradients(critic(*view.real), view.real)
         return self.term(norm_per_sample(slopes).square().mean())
+
+
+class Jitter(Plugin):
+    """How far a random step in the latent moves the sample; right, and the base of what is wrong."""
+
+    claims: ClassVar[Claims] = Claims(per_sample=True)
+
+    def step(self, gan: GAN, z: Tensor) -> Tensor:
+        return torch.empty_like(z).normal_(generator=gan.rng(self))
+
+    def reduce(self, moved: Tensor) -> Tensor:
+        return moved.mean()
+
+    @hookimpl
+    def post_g_loss(self, gan: GAN, batch: Batch) -> dict[str, Tensor]:
+        near = extra_pass(gan.generator, batch.z + 0.1 * self.step(gan, batch.z))
+        return self.term(self.reduce((near - batch.fake).flatten(1).square().sum(1)))
+
+
+class SumOfDraws(Jitter):
+    """A sum over the batch, where a mean is claimed; it cannot be compared number by number, as it is random."""
+
+    caught_by: ClassVar[str] = "claimed_draws"
+
+    def reduce(self, moved: Tensor) -> Tensor:
+        return moved.sum()
+
+
+class OneStepForAll(Jitter):
+    """One random step for the whole batch."""
+
+    caught_by: ClassVar[str] = "claimed_draws"
+
+    def step(self, gan: GAN, z: Tensor) -> Tensor:
+        return torch.empty_like(z[:1]).normal_(generator=gan.rng(self)).expand_as(z)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,20 @@ class ClipsTooEarly(Plugin):
             for p in gan.parameters("d"):
                 p.clamp_(-0.5, 0.5)
         return critic
+
+
+@dataclass(eq=False)
+class LazyNoise(Plugin):
+    """Its noise is from torch's global generator, but only in every fourth step, which few look at."""
+
+    caught_by: ClassVar[str] = "global_random"
+    every: Annotated[int, "apply in every k-th step, k times as strong"] = 4
+
+    @hookimpl
+    def pre_d_loss(self, real_logits: Tensor, step: int) -> dict[str, Tensor] | None:
+        if step % self.every:
+            return None
+        return self.term(self.every * (real_logits + torch.randn_like(real_logits)).square().mean())
 
 
 class SecondForward(Plugin):

@@ -55,6 +55,90 @@ class DropsOne(View_):
         return View(real, fake)
 
 
+class SinglePrecision(View_):
+    """Right as long as all is float32."""
+
+    caught_by: ClassVar[str] = "view_form"
+
+    @hookimpl(wrapper=True)
+    def view(self) -> Generator[None, View, View]:
+        view = yield
+        real, fake = ((2 * side[0].float(), *side[1:]) for side in view)
+        return View(real, fake)
+
+
+class WholeBatchesOnly(View_):
+    """Right as long as all batches are of one size."""
+
+    caught_by: ClassVar[str] = "view_form"
+
+    @hookimpl(wrapper=True)
+    def view(self, gan: GAN) -> Generator[None, View, View]:
+        view = yield
+        x = view.real[0]
+        factor = torch.linspace(1, 1, gan.batch_size, device=x.device, dtype=x.dtype).view(-1, *(1,) * (x.dim() - 1))
+        real, fake = ((factor * side[0], *side[1:]) for side in view)
+        return View(real, fake)
+
+
+class Counts(View_):
+    """A schedule that falls with every call, and others call, too."""
+
+    caught_by: ClassVar[str] = "view_again"
+
+    calls = 0
+
+    @hookimpl(wrapper=True)
+    def view(self) -> Generator[None, View, View]:
+        view = yield
+        self.calls += 1
+        real, fake = (((1 + 1 / self.calls) * side[0], *side[1:]) for side in view)
+        return View(real, fake)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.calls = state["calls"]
+
+
+class OnlyInD(View_):
+    """G is judged on what D was not trained on."""
+
+    caught_by: ClassVar[str] = "view_phases_alike"
+
+    @hookimpl(wrapper=True)
+    def view(self, gan: GAN, phase: str) -> Generator[None, View, View]:
+        view = yield
+        if phase == "g":
+            return view
+        real, fake = ((self.noisy(gan, side[0]), *side[1:]) for side in view)
+        return View(real, fake)
+
+
+class Forgets(View_):
+    """Codes and labels of others are dropped without a word."""
+
+    caught_by: ClassVar[str] = "view_keeps_others"
+
+    @hookimpl(wrapper=True)
+    def view(self, gan: GAN) -> Generator[None, View, View]:
+        view = yield
+        return View((self.noisy(gan, view.real[0]),), (self.noisy(gan, view.fake[0]),))
+
+
+class NoisyLabels(View_):
+    """All of the view becomes noisy, labels too."""
+
+    caught_by: ClassVar[str] = "view_keeps_others"
+
+    @hookimpl(wrapper=True)
+    def view(self, gan: GAN) -> Generator[None, View, View]:
+        view = yield
+        real, fake = (tuple(self.noisy(gan, t.to(side[0].dtype)) for t in side) for side in view)
+        return View(real, fake)
+
+
 class OneDraw(View_):
     """One factor for the whole batch, where one for each sample is claimed."""
 
