@@ -14,11 +14,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,19 +30,6 @@ from gankit.options import closest
 from gankit.plugins import snake_case
 
 FAILED = "failed.json"
-KNOWN = {
-    "title",
-    "protocol",
-    "about",
-    "seeds",
-    "steps",
-    "baseline",
-    "target",
-    "settings",
-    "data",
-    "methods",
-    "published",
-}
 
 
 class Cell(NamedTuple):
@@ -127,15 +113,11 @@ def read(name: str) -> Suite:
         raise UsageError(
             f"there is no suite {name!r}{closest(name, known)}; there are {', '.join(known)}, or give a .toml file"
         )
-    try:
-        content = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise UsageError(f"cannot read the suite {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid TOML: {error}") from None
+    content = configuration.parse_toml(path, "suite")
+    keys = sorted(f.name for f in fields(Suite) if f.name != "name")
     for key in content:
-        if key not in KNOWN:
-            raise UsageError(f"{path}: a suite has no {key!r}{closest(key, KNOWN)}; it has {', '.join(sorted(KNOWN))}")
+        if key not in keys:
+            raise UsageError(f"{path}: a suite has no {key!r}{closest(key, keys)}; it has {', '.join(keys)}")
     for key in ("protocol", "data", "methods"):
         if not content.get(key):
             raise UsageError(f"{path}: a suite needs {key!r}")
@@ -262,6 +244,8 @@ def processes(work: Mapping[Cell, Config], out: Path, jobs: int) -> Done:
                 ended, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 for future in ended:
                     error = future.exception()
+                    if isinstance(error, Interrupted):
+                        raise error
                     yield futures[future], None if error is None else f"{type(error).__name__}: {error}"
         finally:
             children.stop()
@@ -366,8 +350,6 @@ def execute(
         training = ENGINES[engine](work, runs, jobs or cores())
         try:
             for cell, trouble in training:
-                if trouble and "Interrupted" in trouble:
-                    raise Interrupted
                 if trouble:
                     (runs / cell.name).mkdir(parents=True, exist_ok=True)
                     write_atomic(runs / cell.name / FAILED, json.dumps({"exit_code": None, "reason": trouble}) + "\n")

@@ -166,14 +166,19 @@ def make(values: Mapping[str, Any], options: Mapping[str, Mapping[str, Any]]) ->
     return replace(config, options={name: dict(chosen) for name, chosen in options.items()})
 
 
-def read_toml(path: Path) -> tuple[dict[str, Any], Options]:
-    """Settings and plugin options of a TOML file: flags by name at the top, ``[options.<plugin>]`` tables below."""
+def parse_toml(path: Path, what: str) -> dict[str, Any]:
+    """The content of a TOML file; UsageError, which calls it ``what``, if it cannot be read."""
     try:
-        content = tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text())
     except OSError as error:
-        raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from None
+        raise UsageError(f"cannot read the {what} {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}") from None
+
+
+def read_toml(path: Path) -> tuple[dict[str, Any], Options]:
+    """Settings and plugin options of a TOML file: flags by name at the top, ``[options.<plugin>]`` tables below."""
+    content = parse_toml(path, "configuration")
     options = content.pop("options", {})
     if not isinstance(options, dict) or not all(isinstance(table, dict) for table in options.values()):
         raise UsageError(f"{path}: plugin options go into tables, [options.<plugin>]")

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
+from gankit import config as configuration
 from gankit.bench import FAILED, Cell, Suite, state_of
 from gankit.errors import UsageError
 from gankit.files import write_atomic
@@ -23,7 +24,6 @@ from gankit.terminal import label, shown
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
-HIGHER_IS_BETTER = {"modes", "high_quality", "inception_score", "precision", "recall", "rare_share"}
 
 
 @dataclass
@@ -70,6 +70,7 @@ def _row(suite: Suite, cell: Cell, run: RunDir, state: str) -> Row:
     summary = run.read_json("summary.json")
     lines = run.rows("stats.jsonl")
     env, data = run.read_json("env.json"), run.read_json("data.json")
+    config = configuration.make(*configuration.read_toml(run.path / "config.toml"))
     return Row(
         data=cell.data,
         method=cell.method,
@@ -86,7 +87,8 @@ def _row(suite: Suite, cell: Cell, run: RunDir, state: str) -> Row:
             "data": {key: data[key] for key in ("name", "shape", "count", "held_out")},
             "gankit": env["gankit"],
             "torch": env["torch"].split("+")[0],
-            "device": "cuda" if "cuda" in str(env.get("device", "")).lower() else "cpu",
+            "device": config.device,
+            "samples": config.eval_samples,
         },
     )
 
@@ -172,7 +174,6 @@ class Line:
     to_target: dict[str, float] | None
     ms_per_step: float | None
     published: list[dict[str, Any]]
-    worst: dict[str, float]
 
 
 @dataclass
@@ -209,14 +210,13 @@ def tabulate(suite: Suite, rows: Sequence[Row]) -> list[Table]:
 
 
 def _line(suite: Suite, method: str, steps: int, mine: list[Row], same: list[Row], failed: list[Row]) -> Line:
-    estimates, against, worst = {}, {}, {}
+    estimates, against = {}, {}
     base = [row for row in same if row.method == suite.baseline]
     for name in dict.fromkeys(name for row in mine for name in row.metrics):
         found = {row.seed: value for row in mine if (value := row.metrics.get(name)) is not None}
         if not found:
             continue
         estimates[name] = estimate([found[seed] for seed in sorted(found)])
-        worst[name] = (min if metric_of(name) in HIGHER_IS_BETTER else max)(found.values())
         if method != suite.baseline and base:
             against[name] = paired(found, {r.seed: v for r in base if (v := r.metrics.get(name)) is not None})
     reached = [row.to_target for row in mine if row.to_target]
@@ -233,7 +233,6 @@ def _line(suite: Suite, method: str, steps: int, mine: list[Row], same: list[Row
         to_target={key: statistics.median(r[key] for r in reached) for key in ("step", "seconds")} if reached else None,
         ms_per_step=statistics.median(times) if times else None,
         published=[p for p in suite.published if p["data"] == data and p["method"] == method],
-        worst=worst,
     )
 
 

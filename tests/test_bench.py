@@ -5,6 +5,7 @@ import json
 import math
 import os
 import runpy
+import shutil
 import signal
 import statistics
 import subprocess
@@ -370,3 +371,16 @@ def test_a_published_result_is_of_the_shipped_suite(path: Path) -> None:
         assert shipped.config(cell) == suite.config(cell), cell
     assert {(r.data, r.method, r.seed) for r in rows} == {(c.data, c.method, c.seed) for c in suite.cells()}
     assert suite.published == [p for p in shipped.published if p["method"] in shipped.methods]
+
+
+def test_provenance_is_what_the_run_resolved(finished: tuple[bench.Suite, Path], tmp_path: Path) -> None:
+    suite, out = finished
+    suite = bench.narrowed(suite, seeds=1, methods=["none"], data=[], steps=None)
+    run = tmp_path / "runs" / "ring-none-s0"
+    shutil.copytree(out / "runs" / "ring-none-s0", run, symlinks=True)
+    (row,) = results.collect(suite, tmp_path)
+    assert (row.provenance["device"], row.provenance["samples"]) == ("cpu", 200)
+    config = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(config.replace('device = "cpu"', 'device = "cuda"'))
+    (row,) = results.collect(suite, tmp_path)
+    assert row.provenance["device"] == "cuda"  # whatever the name of the graphics card is
