@@ -27,7 +27,7 @@ from gankit.gan import GAN, Latent
 from gankit.hookspecs import hookimpl
 from gankit.loop import Critic, Terms, total
 from gankit.plugins import create, snake_case
-from gankit.structure import modes_kept
+from gankit.structure import evaluating, modes_kept
 
 Side = Tensor | Sequence[Tensor]
 PluginSpec = str | tuple[str, Mapping[str, Any]] | object
@@ -276,9 +276,7 @@ class OwnGAN(GAN):
     def first_view(self) -> View:
         """A view of zeros like the first batch, in evaluation mode; the generator is not called."""
         modules = [player.module for player in self.players.values()]
-        with self.streams_kept(), modes_kept(*modules):
-            for module in modules:
-                module.eval()
+        with self.streams_kept(), evaluating(*modules):
             batch = self.hook.sample(gan=self, real=self.example.real, z=self.example.z, phase="d", step=0)
             view: View = self.hook.view(gan=self, batch=batch, phase="d", step=0)
         return view

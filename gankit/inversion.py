@@ -8,8 +8,6 @@ IvOM, inference by optimisation, tells of lost modes without knowing any: a real
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +22,7 @@ from gankit.gan import GAN, Latent, derive_seed
 from gankit.provenance import column
 from gankit.run import Reporter, load, read_data
 from gankit.rundir import RunDir
+from gankit.structure import evaluating
 
 STEPS, RESTARTS, RATE = 200, 3, 0.1
 CHUNK = 256
@@ -141,7 +140,7 @@ def reconstruct(gan: GAN, x: Tensor) -> Tensor:
     encoder = (gan.players.get("encoder") or gan.players["reconstructor"]).module
     network = gan.averages.get("generator", gan.generator)
     made = []
-    with evaluating(encoder), evaluating(network):
+    with evaluating(encoder, network):
         for part in torch.split(x, CHUNK):
             code = encoder(part)
             if code.flatten(1).shape[1] == 2 * gan.latent.dim:
@@ -154,18 +153,6 @@ def reconstruct(gan: GAN, x: Tensor) -> Tensor:
 def reconstruction_error(gan: GAN, x: Tensor) -> Tensor:
     """Mean over pixels or coordinates of (G(E(x)) - x)^2 for each sample: (N, \\*shape) -> (N,); see :func:`reconstruct`."""
     return (reconstruct(gan, x) - x).square().flatten(1).mean(1)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """The module in evaluation mode; afterwards every part of it is in its own mode again."""
-    before = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in before:
-            part.training = training
 
 
 # -- recorded runs -------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from gankit.files import write_atomic
 from gankit.functional import logit_per_sample
 from gankit.gan import seeded
 from gankit.pictures import Limits
-from gankit.structure import modes_kept
+from gankit.structure import evaluating
 
 if TYPE_CHECKING:
     from gankit.gan import GAN
@@ -73,9 +73,7 @@ def critic_field(gan: GAN, limits: Limits) -> Field | str:
     points = grid(limits).to(gan.device)
     z = torch.zeros(len(points), *(gan.latent.shape or (gan.latent.dim,)), device=gan.device)
     modules = [player.module for player in gan.players.values()]
-    with gan.streams_kept(), seeded(gan.seed, "field"), modes_kept(*modules), _unmetered(gan):
-        for module in modules:
-            module.eval()
+    with gan.streams_kept(), seeded(gan.seed, "field"), evaluating(*modules), gan.manager.meter.paused():
         with torch.no_grad():
             batch = gan.hook.sample(gan=gan, real=points, z=z, phase="d", step=gan.step)
             view = gan.hook.view(gan=gan, batch=batch, phase="d", step=gan.step)
@@ -137,14 +135,3 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
-
-
-@contextmanager
-def _unmetered(gan: GAN) -> Iterator[None]:
-    """Hooks that are called in the block count for no plugin's milliseconds."""
-    meter = gan.manager.meter
-    probing, meter.on = meter.on, False
-    try:
-        yield
-    finally:
-        meter.on = probing

@@ -12,7 +12,8 @@ import inspect
 import re
 import sys
 import warnings
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from importlib.metadata import EntryPoint, entry_points
@@ -176,6 +177,15 @@ class Meter:
     def add(self, plugin: str, started: float) -> None:
         """Charge the time since ``started`` to ``plugin``."""
         self.seconds[plugin] = self.seconds.get(plugin, 0.0) + self.clock() - started
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A block that counts for nobody: what evaluation costs is no part of a step."""
+        before, self.on = self.on, False
+        try:
+            yield
+        finally:
+            self.on = before
 
 
 class Manager(pluggy.PluginManager):

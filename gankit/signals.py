@@ -36,6 +36,7 @@ from gankit.data import Dataset
 from gankit.gan import GAN, derive_seed
 from gankit.hookspecs import hookimpl
 from gankit.losses import BOTH_SIDES
+from gankit.structure import evaluating
 
 N = 512  # samples a side: enough for 25 modes at 20 each, and distances between all pairs cost milliseconds
 SHOWN = 128  # that D judges of images beyond PIXELS, where each costs as much as in training
@@ -109,16 +110,8 @@ class Signals:
 
     def of_players(self, gan: GAN) -> dict[str, Any]:
         """What the discriminator says, and how strongly both networks are pulled."""
-        modules = [module for player in gan.players.values() for module in player.module.modules()]
-        training = [module.training for module in modules]
-        for module in modules:
-            module.eval()  # so that nothing moves: batch-norm statistics, power iterations
-        try:
-            with gan.streams_kept():
-                return self._shown(gan)
-        finally:
-            for module, mode in zip(modules, training, strict=True):
-                module.training = mode
+        with gan.streams_kept(), evaluating(*(player.module for player in gan.players.values())):
+            return self._shown(gan)
 
     def _shown(self, gan: GAN) -> dict[str, Any]:
         stream = torch.Generator(gan.device).manual_seed(derive_seed(gan.seed, "signals"))

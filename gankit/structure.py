@@ -66,6 +66,15 @@ def modes_kept(*networks: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def evaluating(*networks: nn.Module) -> Iterator[None]:
+    """The networks in evaluation mode, so that nothing in them moves; afterwards every module is in its own mode again."""
+    with modes_kept(*networks):
+        for network in networks:
+            network.eval()
+        yield
+
+
 def calls(root: nn.Module, *inputs: Tensor) -> list[tuple[str, Any]]:
     """What each call of a module inside ``root`` returned, with its name, in the order in which they finish; root ("") last.
 
@@ -88,8 +97,8 @@ def calls(root: nn.Module, *inputs: Tensor) -> list[tuple[str, Any]]:
     handles = [m.register_forward_hook(hook(name)) for name, m in named]
     handles.append(root.register_forward_pre_hook(lambda module, args: running.append(module), prepend=True))
     try:
-        with modes_kept(root):
-            root.eval()(*inputs)
+        with evaluating(root):
+            root(*inputs)
     finally:
         for handle in handles:
             handle.remove()

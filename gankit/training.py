@@ -270,13 +270,11 @@ def measure(gan: GAN, truth: Dataset | None = None) -> dict[str, float]:
     def draw(n: int) -> Tensor:
         return gan.draw(n, torch.Generator(gan.device).manual_seed(derive_seed(gan.seed, "evaluate")))
 
-    meter = gan.manager.meter
-    probing, meter.on = meter.on, False  # what evaluation costs is no part of a step
-    if truth is None:
-        found = gan.hook.evaluate(gan=gan, draw=draw, step=gan.step)
-    else:
-        found = gan.hook.evaluate(gan=gan, draw=true_draw(truth), step=None)
-    meter.on = probing
+    with gan.manager.meter.paused():
+        if truth is None:
+            found = gan.hook.evaluate(gan=gan, draw=draw, step=gan.step)
+        else:
+            found = gan.hook.evaluate(gan=gan, draw=true_draw(truth), step=None)
     return {name: float(value) for result in found for name, value in result.items()}
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from gankit import UsageError, View, hookimpl
 from gankit.checks import reparametrized
 from gankit.functional import extra_pass
-from gankit.structure import listing, modes_kept, named, of_type, replace
+from gankit.structure import evaluating, listing, named, of_type, replace
 
 if TYPE_CHECKING:
     from gankit import GAN
@@ -326,8 +326,8 @@ def _inputs_of(root: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, list[Te
 
     handles = [m.register_forward_pre_hook(listen(name)) for name, m in of_type(root, *LAYERS).items()]
     try:
-        with modes_kept(root):
-            root.eval()(*inputs)
+        with evaluating(root):
+            root(*inputs)
     finally:
         for handle in handles:
             handle.remove()
