@@ -382,7 +382,7 @@ def report(run: tuple[str, ...], out: str, to: str | None, open_: bool) -> None:
     path = Path(to) if to else runs[0].path / "report.html" if len(runs) == 1 else Path("report.html")
     if path.suffix not in (".html", ".htm"):
         raise UsageError(f"a report goes to an .html file, not {path.name!r}")
-    reporting.write(runs, path, note, progress)
+    reporting.write(runs, path, note, progress, reporting.benchmarks(run))
     click.echo(f"report: {path}")
     if note:
         click.echo(note, err=True)

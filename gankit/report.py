@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gankit import figures, plane
+from gankit import figures, plane, results
 from gankit.config import read_toml
 from gankit.errors import UsageError
 from gankit.figures import Panel, Series
@@ -97,6 +97,12 @@ def find(given: Sequence[str], out: str = "runs") -> tuple[list[RunDir], str]:
         raise UsageError(f"a page holds {MOST_RUNS} runs at most, and these are {len(found)}: name fewer")
     sentence = f"{left_out} more runs, those of the highest seeds, are left out: a page holds {MOST_RUNS}."
     return list(found.values()), sentence if left_out else ""
+
+
+def benchmarks(given: Sequence[str]) -> list[dict[str, Any]]:
+    """The tables of those folders that are a benchmark's, as :func:`gankit.results.section` gives them."""
+    files = [Path(name) / "results.json" for name in given]
+    return [results.section(*results.load(file)) for file in files if file.is_file()]
 
 
 def _members(folder: Path) -> list[RunDir]:
@@ -357,8 +363,15 @@ def plain(value: Any) -> str:
 # -- the page ------------------------------------------------------------------------------------------------------
 
 
-def render(found: Sequence[RunDir], note: str = "", progress: Progress = lambda done, total, what: None) -> str:
+def render(
+    found: Sequence[RunDir],
+    note: str = "",
+    progress: Progress = lambda done, total, what: None,
+    tables: Sequence[Mapping[str, Any]] = (),
+) -> str:
     """The page as text. note: a sentence at its top. progress: called with (done, total, what) while it is drawn.
+
+    tables: of benchmarks, see :func:`benchmarks`.
 
     UsageError without matplotlib or jinja2, and for runs that have recorded nothing yet.
     """
@@ -401,7 +414,7 @@ def render(found: Sequence[RunDir], note: str = "", progress: Progress = lambda 
         room -= draw_frames(run, most, room // left, tell)
     truth = runs[0].truth if all(run.truth == runs[0].truth for run in runs) else None
     context = {
-        "runs": runs, "note": note, "metrics": metrics, "losses": losses, "truth": truth,
+        "runs": runs, "note": note, "sections": tables, "metrics": metrics, "losses": losses, "truth": truth,
         "steps": sorted({frame.step for run in runs for frame in run.frames}),
         "costs": [(run, *costs(run)) for run in runs],
         "differences": differences(runs) if len(runs) > 1 else [],
@@ -421,7 +434,11 @@ def render(found: Sequence[RunDir], note: str = "", progress: Progress = lambda 
 
 
 def write(
-    found: Sequence[RunDir], path: Path, note: str = "", progress: Progress = lambda done, total, what: None
+    found: Sequence[RunDir],
+    path: Path,
+    note: str = "",
+    progress: Progress = lambda done, total, what: None,
+    tables: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Render the page and write it, whole or not at all."""
-    write_atomic(path, render(found, note, progress))
+    write_atomic(path, render(found, note, progress, tables))

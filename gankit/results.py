@@ -380,10 +380,12 @@ def html(results: Sequence[tuple[Suite, Sequence[Row]]]) -> str | None:
         from jinja2 import Environment, PackageLoader
     except ImportError:
         return None
-    sections = []
-    for suite, rows in results:
-        tables = [(table, *cells_of(table)) for table in tabulate(suite, rows)]
-        sections.append({"suite": suite, "tables": tables, "legend": legend(suite)})
     environment = Environment(loader=PackageLoader("gankit", "template"), autoescape=True)
-    page: str = environment.get_template("bench.html").render(sections=sections)
+    page: str = environment.get_template("bench.html").render(sections=[section(*result) for result in results])
     return page
+
+
+def section(suite: Suite, rows: Sequence[Row]) -> dict[str, Any]:
+    """What the template of tables shows of one suite."""
+    tables = [(table, *cells_of(table)) for table in tabulate(suite, rows)]
+    return {"suite": suite, "tables": tables, "legend": legend(suite)}

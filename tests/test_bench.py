@@ -291,6 +291,24 @@ def test_the_page_escapes_what_it_shows(finished: tuple[bench.Suite, Path]) -> N
     assert page is not None and "<script>" not in page and "&lt;script&gt;" in page and "a paper" in page
 
 
+def test_the_report_of_a_benchmark_begins_with_its_tables(finished: tuple[bench.Suite, Path], tmp_path: Path) -> None:
+    for module in ("jinja2", "matplotlib"):
+        pytest.importorskip(module, reason=f"{module} is not installed; it is in requirements-dev.txt")
+    suite, out = finished
+    results.write(suite, out)
+    invoked = CliRunner().invoke(main, ["report", str(out), "--to", str(tmp_path / "r.html")])
+    assert invoked.exit_code == 0, invoked.output
+    page = (tmp_path / "r.html").read_text()
+    header, body = results.cells_of(results.tabulate(suite, results.collect(suite, out))[0])
+    table = page[page.index('<table class="bench">') : page.index('id="headline"')]
+    for cell in (*header, *(cell for row in body for cell in row)):
+        assert cell.replace("`", "").replace("*", "") in table
+    assert "broken failed: seed 0: packing joins" in table
+    (tmp_path / "results.json").write_text("{}")
+    refused = CliRunner().invoke(main, ["report", str(out), str(tmp_path), "--to", str(tmp_path / "r.html")])
+    assert refused.exit_code == 2
+
+
 # -- command line --------------------------------------------------------------------------------------------------
 
 
