@@ -528,7 +528,7 @@ def bench(
         return
     from gankit import results
     from gankit.rundir import to_json
-    from gankit.terminal import BenchProgress, show_bench
+    from gankit.terminal import BenchProgress, Terminal, show_bench
 
     console, found = _console(as_json), []
     for one in chosen:
@@ -540,7 +540,7 @@ def bench(
                 )
             except benching.Interrupted:
                 raise Stopped(f"stopped; all runs have saved, and the same command continues: {folder}") from None
-        rows = results.write(one, folder)
+        rows = results.write(one, folder, Terminal(console))
         found.append(results.plain(one, rows))
         show_bench(console, one, rows, folder)
     if as_json:

@@ -6,6 +6,7 @@ transparent, and colours of the SVGs are CSS variables.
 
 from __future__ import annotations
 
+import base64
 import io
 import math
 import re
@@ -150,6 +151,11 @@ def arrows(slopes: Array, limits: Limits, scale: float) -> bytes:
     heads: dict[str, Any] = {"headwidth": 4, "headlength": 4.5, "headaxislength": 4, "minlength": 0.6, "minshaft": 1.5}
     axes.quiver(x, y, u, v, color=ARROW, pivot="middle", width=0.003, scale=len(x), scale_units="width", **heads)
     return _layer(figure, ARROW)
+
+
+def data_uri(webp: bytes) -> str:
+    """A WebP picture as a page holds it."""
+    return f"data:image/webp;base64,{base64.b64encode(webp).decode()}"
 
 
 def shrunk(path: Any, width: int) -> bytes:

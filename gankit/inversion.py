@@ -155,6 +155,41 @@ def reconstruction_error(gan: GAN, x: Tensor) -> Tensor:
     return (reconstruct(gan, x) - x).square().flatten(1).mean(1)
 
 
+class Measured(NamedTuple):
+    """Means over samples by column, what each depends on, and what they are means of."""
+
+    metrics: dict[str, float]
+    provenance: dict[str, dict[str, object]]
+    nearest: Nearest
+    reconstruction: Tensor | None
+
+
+def measured(
+    gan: GAN, x: Tensor, data: str, *, steps: int = STEPS, restarts: int = RESTARTS, seed: int = 0
+) -> Measured:
+    """The mean residual of IvOM, ``ivom@...``, and where there is an encoder the mean error of G(E(x)).
+
+    x: held-out samples (N, \\*shape) on the GAN's device; data: the name of their data set, part of the columns' names.
+    The averaged G is asked where there is one. See :func:`ivom` for steps and restarts; seed: of its starts.
+    """
+    network = gan.averages.get("generator", gan.generator)
+    stream = torch.Generator(gan.device).manual_seed(derive_seed(seed, "invert"))
+    nearest = ivom(network, x, gan.latent, steps=steps, restarts=restarts, generator=stream)
+    facts: dict[str, object] = {"n": len(x), "split": "test", "data": data}
+    abouts = {"ivom": facts | {"steps": steps, "restarts": restarts, "rate": RATE}}
+    values, reconstruction = {"ivom": nearest.residuals.mean().item()}, None
+    if has_encoder(gan):
+        abouts["reconstruction_error"], reconstruction = facts, reconstruct(gan, x)
+        values["reconstruction_error"] = (reconstruction - x).square().mean().item()
+    names = {metric: column(metric, about) for metric, about in abouts.items()}
+    return Measured(
+        {names[metric]: value for metric, value in values.items()},
+        {names[metric]: about for metric, about in abouts.items()},
+        nearest,
+        reconstruction,
+    )
+
+
 # -- recorded runs -------------------------------------------------------------------------------------------------
 
 
@@ -227,17 +262,12 @@ def invert(
     gan, config = load(run, checkpoint, device)
     data = read_data(config, reporter)
     x = data.held_out(n).to(gan.device)
-    network = gan.averages.get("generator", gan.generator)
-    stream = torch.Generator(gan.device).manual_seed(derive_seed(seed, "invert"))
-    z, residuals = ivom(network, x, gan.latent, steps=steps, restarts=restarts, generator=stream)
-    facts = {"n": len(x), "split": "test", "data": config.data}
-    columns = {"ivom": facts | {"steps": steps, "restarts": restarts, "rate": RATE}}
-    values = {"ivom": residuals.mean().item()}
+    found = measured(gan, x, data.name, steps=steps, restarts=restarts, seed=seed)
+    network, residuals = gan.averages.get("generator", gan.generator), found.nearest.residuals
     with evaluating(network), torch.no_grad():
-        shown = {"x": x, "nearest G(z)": torch.cat([network(part) for part in torch.split(z, CHUNK)])}
-    if has_encoder(gan):
-        columns["reconstruction_error"], shown["G(E(x))"] = facts, reconstruct(gan, x)
-        values["reconstruction_error"] = (shown["G(E(x))"] - x).square().mean().item()
+        shown = {"x": x, "nearest G(z)": torch.cat([network(part) for part in torch.split(found.nearest.z, CHUNK)])}
+    if found.reconstruction is not None:
+        shown["G(E(x))"] = found.reconstruction
     order = residuals.argsort(descending=True).cpu()
     if data.is_image:
         worst = [images.cpu()[order[:SHOWN]] for images in shown.values()]
@@ -247,11 +277,10 @@ def invert(
     else:
         made = pictures.scatter(x.cpu(), shown["nearest G(z)"].cpu(), title=f"step {gan.step}: x and its nearest G(z)")
     pictures.save_png(made, path)
-    names = {metric: column(metric, about) for metric, about in columns.items()}
     return Inversion(
         step=gan.step,
-        metrics={names[metric]: value for metric, value in values.items()},
-        provenance={names[metric]: dict(about) for metric, about in columns.items()},
+        metrics=found.metrics,
+        provenance=found.provenance,
         variance=(x - x.mean(0)).square().mean().item(),
         worst=residuals.max().item(),
         picture=path,

@@ -172,6 +172,35 @@ class MLP(nn.Module):
         return out.reshape(len(out), *self.out_shape)
 
 
+class FourierMLP(nn.Module):
+    """An MLP of z and of sin and cos of 2^k pi z, k < octaves, coordinate by coordinate: (B, z_dim) -> (B, *out_shape).
+
+    An MLP of a latent of one or two dimensions learns slowly what changes fast along it, such as a path through 25 modes;
+    of its Fourier features it learns it soon (Tancik et al. 2020, arXiv 2006.10739).
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, z_dim: int, out_shape: tuple[int, ...], width: int, depth: int, octaves: int) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(octaves), persistent=False)
+        self.body = MLP(z_dim * (1 + 2 * octaves), out_shape, width, depth, tanh=False)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return (B, *out_shape)."""
+        angles = (z.unsqueeze(2) * self.frequencies).flatten(1)
+        out: Tensor = self.body(z, angles.sin(), angles.cos())
+        return out
+
+
+def fourier_generator(
+    shape: Sequence[int], z_dim: int, width: int = 128, depth: int = 3, octaves: int = 5
+) -> nn.Module:
+    """Build a G for latents of few dimensions, see `FourierMLP`: ``--generator gankit.networks:fourier_generator``."""
+    _positive(z_dim=z_dim, width=width, depth=depth, octaves=octaves)
+    return FourierMLP(z_dim, _checked_shape(shape), width, depth, octaves)
+
+
 class ConvGenerator(nn.Module):
     """DCGAN generator: linear to (width * 2^(k-1), s0, s0), then k transposed convolutions that double the side."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import itertools
 import json
 import math
@@ -18,7 +17,7 @@ import numpy as np
 from gankit import figures, plane, results
 from gankit.config import read_toml
 from gankit.errors import UsageError
-from gankit.figures import Panel, Series
+from gankit.figures import Panel, Series, data_uri
 from gankit.files import write_atomic
 from gankit.plane import Array
 from gankit.provenance import metric_of
@@ -205,7 +204,7 @@ def draw_frames(run: Run, most: int, room: int, tell: Callable[[], None]) -> int
 
 
 def _picture_frame(run: Run) -> Draw:
-    return lambda step: ([("picture", _uri(figures.shrunk(run.pictures[step], WIDTH)))], "")
+    return lambda step: ([("picture", data_uri(figures.shrunk(run.pictures[step], WIDTH)))], "")
 
 
 def _plane_frames(run: Run, recorded: Mapping[int, plane.Frame]) -> Draw:
@@ -226,16 +225,16 @@ def _plane_frames(run: Run, recorded: Mapping[int, plane.Frame]) -> Draw:
     run.axes = figures.plane_axes(limits)
     run.notes += sorted(whys)
     if (reals := run.folder / "samples" / "reals.npz").exists():
-        run.back = _uri(figures.points(plane.load_reals(reals), limits, figures.REAL))
+        run.back = data_uri(figures.points(plane.load_reals(reals), limits, figures.REAL))
 
     def draw(step: int) -> tuple[Layers, str]:
-        fake = ("fake", _uri(figures.points(recorded[step].fake, limits, figures.FAKE)))
+        fake = ("fake", data_uri(figures.points(recorded[step].fake, limits, figures.FAKE)))
         if step not in fields:
             return [fake], ""
         layers = [
-            ("colors", _uri(figures.colors(values[step], run.scale))),
-            ("contours", _uri(figures.contours(values[step], limits, run.scale))),
-            ("arrows", _uri(figures.arrows(slopes[step], limits, longest))),
+            ("colors", data_uri(figures.colors(values[step], run.scale))),
+            ("contours", data_uri(figures.contours(values[step], limits, run.scale))),
+            ("arrows", data_uri(figures.arrows(slopes[step], limits, longest))),
         ]
         low, high = fields[step].values.min(), fields[step].values.max()
         middle, steepest = np.quantile(steep[step], (0.5, 0.99))
@@ -269,10 +268,6 @@ def _facts(run: Run, step: int) -> str:
         if chosen := [known[name] for name in wanted if name in known]:
             return ", ".join(f"{label(metric_of(name))} {shown(name, row[name])}" for name in chosen)
     return ""
-
-
-def _uri(data: bytes) -> str:
-    return f"data:image/webp;base64,{base64.b64encode(data).decode()}"
 
 
 # -- curves and tables ---------------------------------------------------------------------------------------------

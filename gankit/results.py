@@ -8,6 +8,7 @@ import statistics
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,15 +16,18 @@ import numpy as np
 from scipy import stats
 
 from gankit import config as configuration
+from gankit import inversion
 from gankit.bench import FAILED, Cell, Suite, state_of
 from gankit.errors import UsageError
 from gankit.files import write_atomic
 from gankit.provenance import metric_of
+from gankit.run import Reporter
 from gankit.rundir import RunDir, to_json
 from gankit.terminal import label, shown
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
+THUMBNAIL = 480  # pixels of a picture's width
 
 
 @dataclass
@@ -242,8 +246,13 @@ HEADLINE = (
     "reverse_kl",
     "kl_to_truth",
     "worst_share_ratio",
+    "inception_score",
     "fid",
     "kid",
+    "precision",
+    "recall",
+    "ivom",
+    "reconstruction_error",
     "sliced_wasserstein",
 )
 
@@ -353,15 +362,53 @@ def plain(suite: Suite, rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def write(suite: Suite, out: Path) -> list[Row]:
-    """Read the runs of a suite and write ``results.json``, ``results.md`` and, with ``gankit[report]``, ``results.html``."""
+def write(suite: Suite, out: Path, reporter: Reporter) -> list[Row]:
+    """Read the runs of a suite and write ``results.json``, ``results.md`` and, with ``gankit[report]``, ``results.html``.
+
+    The HTML page also shows what each method's first seed makes, and what lies between its latents.
+    """
     rows = collect(suite, out)
     write_atomic(out / "results.json", to_json(plain(suite, rows)))
     write_atomic(out / "results.md", markdown(suite, rows))
-    page = html([(suite, rows)])
-    if page:
-        write_atomic(out / "results.html", page)
+    if find_spec("jinja2"):
+        write_atomic(out / "results.html", html([(suite, rows)], gallery(suite, out / "runs", reporter)))
     return rows
+
+
+@dataclass
+class Shown:
+    """One run in the page of a benchmark; pictures: data URIs by what they show."""
+
+    data: str
+    steps: int
+    method: str
+    seed: int
+    pictures: dict[str, str]
+
+
+def gallery(suite: Suite, runs: Path, reporter: Reporter) -> list[Shown]:
+    """The last samples of the first finished seed of each method, and what lies between its latents.
+
+    runs: the folder of the suite's runs. One without a picture of its interpolation is loaded and gets it, as by
+    ``gankit interpolate``. Needs ``gankit[report]``.
+    """
+    from gankit import figures
+
+    first: dict[tuple[str, int | None, str], Cell] = {}
+    for cell in suite.cells():
+        if state_of(runs / cell.name) == "finished":
+            first.setdefault((cell.data, cell.steps, cell.method), cell)
+    found = []
+    for done, cell in enumerate(first.values()):
+        run = RunDir(runs / cell.name)
+        samples, between = max(run.samples.glob("fakes-*.png")), run.path / "interpolation.png"
+        if not between.exists():
+            reporter.loading(done, len(first), "drawing")
+            inversion.interpolate(run, reporter)
+        pictures = {"samples": samples, "between latents": between}
+        uris = {what: figures.data_uri(figures.shrunk(path, THUMBNAIL)) for what, path in pictures.items()}
+        found.append(Shown(cell.data, run.read_json("summary.json")["steps"], cell.method, cell.seed, uris))
+    return found
 
 
 def load(path: Path) -> tuple[Suite, list[Row]]:
@@ -374,14 +421,13 @@ def load(path: Path) -> tuple[Suite, list[Row]]:
         raise UsageError(f"{path} holds no results of gankit bench: {error}") from None
 
 
-def html(results: Sequence[tuple[Suite, Sequence[Row]]]) -> str | None:
-    """A page of all tables of some suites; None without jinja2."""
-    try:
-        from jinja2 import Environment, PackageLoader
-    except ImportError:
-        return None
+def html(results: Sequence[tuple[Suite, Sequence[Row]]], shown: Sequence[Shown] = ()) -> str:
+    """A page of all tables of some suites, with pictures; ImportError without jinja2."""
+    from jinja2 import Environment, PackageLoader
+
     environment = Environment(loader=PackageLoader("gankit", "template"), autoescape=True)
-    page: str = environment.get_template("bench.html").render(sections=[section(*result) for result in results])
+    template = environment.get_template("bench.html")
+    page: str = template.render(sections=[section(*result) for result in results], shown=shown)
     return page
 
 

@@ -1,5 +1,7 @@
 """`gankit bench`: suites, cells that are ordinary runs, continuation, engines, statistics and tables."""
 
+import base64
+import io
 import itertools
 import json
 import math
@@ -13,15 +15,19 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
+from rich.console import Console
 
 from gankit import UsageError, bench, protocols, results
 from gankit.cli import main
 from gankit.losses import make
 from gankit.plugins import create
 from gankit.results import Row
+from gankit.terminal import Terminal
 
 ROOT = Path(__file__).parents[1]
 SUITE = """
@@ -76,6 +82,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[bench.Suite, Pat
     suite = bench.read(str(suite_file(folder)))
     bench.execute(suite, folder / "two", jobs=2)
     return suite, folder / "two"
+
+
+def quiet() -> Terminal:
+    return Terminal(Console(quiet=True))
 
 
 def numbers(rows: list[Row]) -> list[tuple[object, ...]]:
@@ -141,7 +151,7 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
 
 def test_every_cell_is_a_run_and_a_failed_one_a_row(finished: tuple[bench.Suite, Path]) -> None:
     suite, out = finished
-    rows = results.write(suite, out)
+    rows = results.write(suite, out, quiet())
     assert [(r.method, r.seed, r.status) for r in rows] == [
         ("none", 0, "finished"), ("r1", 0, "finished"), ("broken", 0, "failed"),
         ("none", 1, "finished"), ("r1", 1, "finished"), ("broken", 1, "failed"),
@@ -288,14 +298,14 @@ def test_the_page_escapes_what_it_shows(finished: tuple[bench.Suite, Path]) -> N
 
     suite, out = finished
     page = results.html([(replace(suite, title="<script>alert(1)</script>"), results.collect(suite, out))])
-    assert page is not None and "<script>" not in page and "&lt;script&gt;" in page and "a paper" in page
+    assert "<script>" not in page and "&lt;script&gt;" in page and "a paper" in page
 
 
 def test_the_report_of_a_benchmark_begins_with_its_tables(finished: tuple[bench.Suite, Path], tmp_path: Path) -> None:
     for module in ("jinja2", "matplotlib"):
         pytest.importorskip(module, reason=f"{module} is not installed; it is in requirements-dev.txt")
     suite, out = finished
-    results.write(suite, out)
+    results.write(suite, out, quiet())
     invoked = CliRunner().invoke(main, ["report", str(out), "--to", str(tmp_path / "r.html")])
     assert invoked.exit_code == 0, invoked.output
     page = (tmp_path / "r.html").read_text()
@@ -307,6 +317,25 @@ def test_the_report_of_a_benchmark_begins_with_its_tables(finished: tuple[bench.
     (tmp_path / "results.json").write_text("{}")
     refused = CliRunner().invoke(main, ["report", str(out), str(tmp_path), "--to", str(tmp_path / "r.html")])
     assert refused.exit_code == 2
+
+
+def test_the_page_shows_what_the_first_seed_of_each_method_makes(finished: tuple[bench.Suite, Path]) -> None:
+    pytest.importorskip("jinja2", reason="jinja2 is not installed; it is in requirements-dev.txt")
+    suite, out = finished
+    shown = results.gallery(suite, out / "runs", quiet())
+    assert [(run.data, run.steps, run.method, run.seed) for run in shown] == [
+        ("ring", 30, "none", 0), ("ring", 30, "r1", 0),
+    ]  # fmt: skip
+    for run in shown:
+        assert list(run.pictures) == ["samples", "between latents"]
+        for uri, name in zip(run.pictures.values(), ("samples/fakes-000030.png", "interpolation.png"), strict=True):
+            folder = out / "runs" / f"ring-{run.method}-s0"
+            picture = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+            with Image.open(folder / name) as recorded:
+                same = recorded.convert("RGB").resize(picture.size)
+            assert np.abs(np.asarray(picture, float) - np.asarray(same, float)).mean() < 8
+    results.write(suite, out, quiet())
+    assert (out / "results.html").read_text().count("<img ") == 4
 
 
 # -- command line --------------------------------------------------------------------------------------------------

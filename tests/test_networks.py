@@ -3,12 +3,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from gankit.errors import UsageError
-from gankit.networks import NETWORKS, discriminator, encoder, generator
+from gankit.networks import NETWORKS, discriminator, encoder, fourier_generator, generator
 
 Z = 5
 IMAGES = [(1, 28, 28), (3, 32, 32), (6, 28, 28), (3, 64, 64)]
@@ -269,6 +270,18 @@ def test_mlp_depth_and_width(depth: int) -> None:
 def test_errors(call: Callable[[], object], match: str) -> None:
     with pytest.raises(UsageError, match=match):
         call()
+
+
+def test_fourier_features_are_octaves_of_each_coordinate() -> None:
+    network = fourier_generator((2,), 3, width=8, depth=1, octaves=4)
+    z = torch.rand(5, 3) * 2 - 1
+    angles = np.pi * z.double().numpy()[:, :, None] * 2.0 ** np.arange(4)
+    features = np.concatenate([z, np.sin(angles).reshape(5, -1), np.cos(angles).reshape(5, -1)], axis=1)
+    w0, b0, w1, b1 = (p.detach().double().numpy() for p in network.parameters())
+    expected = np.maximum(features @ w0.T + b0, 0) @ w1.T + b1
+    np.testing.assert_allclose(network(z).detach().numpy(), expected, atol=1e-5)
+    with pytest.raises(UsageError, match="octaves"):
+        fourier_generator((2,), 1, octaves=0)
 
 
 def test_networks_are_listed() -> None:

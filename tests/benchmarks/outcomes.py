@@ -50,7 +50,7 @@ BASELINE = {"unrolled": "none_slow"}  # the others are compared with "none", tho
 
 # Their READMEs hold rows on images.
 FOR_IMAGES = ("diffaugment", "inception", "progressive", "self_attention", "stacked", "virtual_batch_norm")
-NO_REGULARIZER = ("tensorboard",)
+NO_REGULARIZER = ("ivom", "tensorboard")
 
 
 def command(name: str, data: str, seed: int, out: str) -> list[str]:
