@@ -390,7 +390,7 @@ def gallery(suite: Suite, runs: Path, reporter: Reporter) -> list[Shown]:
     """The last samples of the first finished seed of each method, and what lies between its latents.
 
     runs: the folder of the suite's runs. One without a picture of its interpolation is loaded and gets it, as by
-    ``gankit interpolate``. Needs ``gankit[report]``.
+    ``gankit interpolate --checkpoint latest``. Needs ``gankit[report]``.
     """
     from gankit import figures
 
@@ -401,10 +401,10 @@ def gallery(suite: Suite, runs: Path, reporter: Reporter) -> list[Shown]:
     found = []
     for done, cell in enumerate(first.values()):
         run = RunDir(runs / cell.name)
-        samples, between = max(run.samples.glob("fakes-*.png")), run.path / "interpolation.png"
+        samples, between = max(run.samples.glob("fakes-*.png")), run.path / "interpolation-latest.png"
         if not between.exists():
             reporter.loading(done, len(first), "drawing")
-            inversion.interpolate(run, reporter)
+            inversion.interpolate(run, reporter, to=str(between), checkpoint="latest")
         pictures = {"samples": samples, "between latents": between}
         uris = {what: figures.data_uri(figures.shrunk(path, THUMBNAIL)) for what, path in pictures.items()}
         found.append(Shown(cell.data, run.read_json("summary.json")["steps"], cell.method, cell.seed, uris))

@@ -328,7 +328,9 @@ def test_the_page_shows_what_the_first_seed_of_each_method_makes(finished: tuple
     ]  # fmt: skip
     for run in shown:
         assert list(run.pictures) == ["samples", "between latents"]
-        for uri, name in zip(run.pictures.values(), ("samples/fakes-000030.png", "interpolation.png"), strict=True):
+        for uri, name in zip(
+            run.pictures.values(), ("samples/fakes-000030.png", "interpolation-latest.png"), strict=True
+        ):
             folder = out / "runs" / f"ring-{run.method}-s0"
             picture = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
             with Image.open(folder / name) as recorded:
