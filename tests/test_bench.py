@@ -26,6 +26,7 @@ from gankit import UsageError, bench, protocols, results
 from gankit.cli import main
 from gankit.losses import make
 from gankit.plugins import create
+from gankit.provenance import metric_of
 from gankit.results import Row
 from gankit.terminal import Terminal
 
@@ -338,6 +339,42 @@ def test_the_page_shows_what_the_first_seed_of_each_method_makes(finished: tuple
             assert np.abs(np.asarray(picture, float) - np.asarray(same, float)).mean() < 8
     results.write(suite, out, quiet())
     assert (out / "results.html").read_text().count("<img ") == 4
+
+
+def test_metrics_of_plugins_are_columns(tmp_path: Path) -> None:
+    np.save(tmp_path / "frames.npy", np.random.default_rng(0).integers(0, 255, (200, 16, 16, 3), dtype=np.uint8))
+    (tmp_path / "thumbs.py").write_text("def features(images):\n    return images[:, :, ::4, ::4].flatten(1)\n")
+    (tmp_path / "images.toml").write_text(
+        f"""
+protocol = "a test"
+seeds = 1
+[settings]
+plugin = ["ivom", "inception"]
+z_dim = 2
+width = 4
+steps = 2
+batch = 8
+eval_samples = 20
+eval_every = 0
+options.ivom = {{ n = 4, steps = 2, restarts = 1 }}
+options.inception = {{ extractor = "{tmp_path}/thumbs.py:features", n = 40, kid_subset_size = 10 }}
+[data.frames]
+data = "{tmp_path}/frames.npy"
+[methods.none]
+[methods.bigan]
+plugin = ["bigan"]
+"""
+    )
+    suite = bench.read(str(tmp_path / "images.toml"))
+    bench.execute(suite, tmp_path / "images", jobs=2)
+    rows = results.collect(suite, tmp_path / "images")
+    assert [row.reason for row in rows] == ["", ""]
+    (table,) = results.tabulate(suite, rows)
+    names = [metric_of(name) for name in results.chosen(table)]
+    assert names == ["fid", "kid", "precision", "recall", "ivom", "reconstruction_error", "sliced_wasserstein"]
+    header, body = results.cells_of(table)
+    place = next(i for i, name in enumerate(header) if name.startswith("reconstruction error"))
+    assert {row[0]: row[place] == "-" for row in body[1:]} == {"`none` (1 seed)": True, "`bigan` (1 seed)": False}
 
 
 # -- command line --------------------------------------------------------------------------------------------------
