@@ -77,8 +77,15 @@ def seeded(seed: int, *names: str) -> Iterator[None]:
 
 
 def call_with_accepted(factory: Callable[..., Any], **known: Any) -> Any:
-    """Call ``factory`` with those of the ``known`` arguments that its signature names (all, if it takes ``**kwargs``)."""
+    """Call ``factory`` with those of the ``known`` arguments that its signature names (all, if it takes ``**kwargs``).
+
+    UsageError if it cannot do without another one.
+    """
     parameters = inspect.signature(factory).parameters.values()
+    for p in parameters:
+        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in known:
+            name = getattr(factory, "__name__", repr(factory))
+            raise UsageError(f"{name} asks for {p.name!r}; what it can be given, by name, is {', '.join(known)}")
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         known = {p.name: known[p.name] for p in parameters if p.name in known}
     return factory(**known)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from handwritten import Loop
 
-from gankit import GAN, Latent, View, hookimpl, loop, train
+from gankit import GAN, Latent, UsageError, View, hookimpl, loop, train
 from gankit.gan import derive_seed
 from gankit.testing import run, tiny_gan
 
@@ -172,3 +172,13 @@ def test_every_loss_trains() -> None:
         gan, log = run({}, loss=loss)
         assert all(torch.isfinite(torch.tensor(terms["adv"])) for _, _, terms in log.updates)
         assert gan.loss.name == loss
+
+
+def test_a_factory_that_asks_for_what_there_is_not_is_told() -> None:
+    def mine(shape: tuple[int, ...], noise: int) -> torch.nn.Module:
+        raise AssertionError("not called")
+
+    with pytest.raises(
+        UsageError, match="mine asks for 'noise'; what it can be given, by name, is shape, z_dim, latent"
+    ):
+        GAN(mine, torch.nn.Linear(2, 1), (2,), Latent(3)).build()
