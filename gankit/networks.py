@@ -201,24 +201,6 @@ def fourier_generator(
     return FourierMLP(z_dim, _checked_shape(shape), width, depth, octaves)
 
 
-def spread_discriminator(
-    shapes: Sequence[Sequence[int]], width: int = 256, depth: int = 3, spread: float = 8.0
-) -> nn.Module:
-    """Build an MLP D that bends all over the data from the start: ``--discriminator gankit.networks:spread_discriminator``.
-
-    PyTorch draws a layer's biases from +-1 / sqrt(features). Of data with many features and a norm far above 1 the first
-    layer's units then all bend near 0, D is a cone there, and Adam has to carry each bias to where the modes are. Here they
-    are uniform in +-spread, about the size of the units' inputs, and those of the second layer in +-spread / 4. width: units
-    per layer.
-    """
-    _positive(width=width, depth=depth)
-    network = MLP(sum(math.prod(_checked_shape(shape)) for shape in shapes), (), width, depth, tanh=False)
-    for name, bound in (("hidden0", spread), ("hidden1", spread / 4)):
-        if isinstance(layer := getattr(network.layers, name, None), nn.Linear):
-            nn.init.uniform_(layer.bias, -bound, bound)
-    return network
-
-
 class ConvGenerator(nn.Module):
     """DCGAN generator: linear to (width * 2^(k-1), s0, s0), then k transposed convolutions that double the side."""
 

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from gankit.errors import UsageError
-from gankit.networks import NETWORKS, discriminator, encoder, fourier_generator, generator, spread_discriminator
+from gankit.networks import NETWORKS, discriminator, encoder, fourier_generator, generator
 
 Z = 5
 IMAGES = [(1, 28, 28), (3, 32, 32), (6, 28, 28), (3, 64, 64)]
@@ -283,26 +282,6 @@ def test_fourier_features_are_octaves_of_each_coordinate() -> None:
     np.testing.assert_allclose(network(z).detach().numpy(), expected, atol=1e-5)
     with pytest.raises(UsageError, match="octaves"):
         fourier_generator((2,), 1, octaves=0)
-
-
-def test_a_spread_discriminator_bends_where_the_data_are() -> None:
-    x = (
-        400 * F.normalize(data(1, 1200)) * torch.linspace(-1, 1, 801).unsqueeze(1)
-    )  # the ends of gaussians1200 are 450 off
-
-    def bends(network: nn.Module) -> tuple[float, float]:
-        """Where along a line through the data the first layer's units change side: the middle half of the places."""
-        side = network.layers.hidden0(x) > 0
-        at = (side[1:] != side[:-1]).float().argmax(0).double()[(side[1:] != side[:-1]).any(0)] - 400
-        low, high = at.quantile(torch.tensor([0.25, 0.75], dtype=at.dtype)).tolist()
-        return low, high
-
-    usual, spread = (
-        bends(build(discriminator, [(1200,)], width=128)),
-        bends(build(spread_discriminator, [(1200,)], width=256)),
-    )
-    assert -5 < usual[0] < usual[1] < 5
-    assert spread[0] < -80 and spread[1] > 80
 
 
 def test_networks_are_listed() -> None:
