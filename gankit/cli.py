@@ -504,7 +504,7 @@ def bench(
     """Compare methods over seeds: run a SUITE, end with tables. Without SUITE: list those that come with gankit.
 
     \b
-    gankit bench quick                      all toy sets, a few minutes
+    gankit bench quick                      all toy sets, about six minutes on two cores
     gankit bench ring --method r1 --seeds 3
     gankit bench mine.toml --engine ray     data sets x methods x seeds of your own, on a cluster
 
