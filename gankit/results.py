@@ -7,6 +7,7 @@ import math
 import statistics
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -401,12 +402,15 @@ def gallery(suite: Suite, runs: Path, reporter: Reporter) -> list[Shown]:
     found = []
     for done, cell in enumerate(first.values()):
         run = RunDir(runs / cell.name)
-        samples, between = max(run.samples.glob("fakes-*.png")), run.path / "interpolation-latest.png"
+        between = run.path / "interpolation-latest.png"
         if not between.exists():
             reporter.loading(done, len(first), "drawing")
-            inversion.interpolate(run, reporter, to=str(between), checkpoint="latest")
-        pictures = {"samples": samples, "between latents": between}
-        uris = {what: figures.data_uri(figures.shrunk(path, THUMBNAIL)) for what, path in pictures.items()}
+            with suppress(UsageError):  # of a checkpoint or a plugin that is gone; the tables need neither
+                inversion.interpolate(run, reporter, to=str(between), checkpoint="latest")
+        pictures = {"samples": max(run.samples.glob("fakes-*.png"), default=between), "between latents": between}
+        uris = {
+            what: figures.data_uri(figures.shrunk(path, THUMBNAIL)) for what, path in pictures.items() if path.exists()
+        }
         found.append(Shown(cell.data, run.read_json("summary.json")["steps"], cell.method, cell.seed, uris))
     return found
 

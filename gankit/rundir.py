@@ -182,7 +182,7 @@ class RunDir:
 
     def steps(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
-        return sorted(p for p in self.checkpoints.iterdir() if CHECKPOINT.fullmatch(p.name))
+        return sorted(p for p in self.checkpoints.glob("*") if CHECKPOINT.fullmatch(p.name))
 
     def checkpoint(self, which: str | None = None) -> Path:
         """The folder of the checkpoint called "latest" or "best" or of a step; None: the best if there is one."""

@@ -320,7 +320,9 @@ def test_the_report_of_a_benchmark_begins_with_its_tables(finished: tuple[bench.
     assert refused.exit_code == 2
 
 
-def test_the_page_shows_what_the_first_seed_of_each_method_makes(finished: tuple[bench.Suite, Path]) -> None:
+def test_the_page_shows_what_the_first_seed_of_each_method_makes(
+    finished: tuple[bench.Suite, Path], tmp_path: Path
+) -> None:
     pytest.importorskip("jinja2", reason="jinja2 is not installed; it is in requirements-dev.txt")
     suite, out = finished
     shown = results.gallery(suite, out / "runs", quiet())
@@ -339,6 +341,11 @@ def test_the_page_shows_what_the_first_seed_of_each_method_makes(finished: tuple
             assert np.abs(np.asarray(picture, float) - np.asarray(same, float)).mean() < 8
     results.write(suite, out, quiet())
     assert (out / "results.html").read_text().count("<img ") == 4
+    bare = tmp_path / "runs" / "ring-none-s0"  # whose pictures and checkpoints are gone
+    bare.mkdir(parents=True)
+    for name in ("config.toml", "summary.json", "data.json"):
+        shutil.copy(out / "runs" / "ring-none-s0" / name, bare)
+    assert [run.pictures for run in results.gallery(suite, tmp_path / "runs", quiet())] == [{}]
 
 
 def test_metrics_of_plugins_are_columns(tmp_path: Path) -> None:
