@@ -167,8 +167,8 @@ def test_import_rules(module: str) -> None:
     assert _imports(ROOT / "gankit" / f"{module}.py") <= ALLOWED[module]
 
 
-PUBLIC = ("checks", "claims", "classifier", "data", "functional", "gan", "joint", "losses", "metrics", "networks",
-          "pictures", "plugins", "provenance", "structure")  # fmt: skip
+PUBLIC = ("checks", "claims", "classifier", "data", "functional", "gan", "inversion", "joint", "losses", "metrics",
+          "networks", "pictures", "plugins", "provenance", "structure")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", IN_TREE)
