@@ -19,7 +19,7 @@ from gankit.provenance import metric_of
 from gankit.testing import plugin_checks
 from gankit.training import measure
 
-SHORT = ["--steps", "4", "--batch", "8", "--width", "8", "--eval-samples", "20", "--threads", "1", "--eval-every", "0"]
+SHORT = ["--steps", "4", "--batch", "8", "--width", "8", "--eval-samples", "20", "--threads", "1", "--eval-every", "2"]
 FEW = ["--plugin", "ivom", "-o", "ivom.n=9", "-o", "ivom.steps=5"]
 
 test_plugin = plugin_checks("ivom", n=8, steps=3, restarts=1)
