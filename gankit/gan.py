@@ -23,6 +23,7 @@ from gankit.defaults import CoreHooks
 from gankit.distributed import Team
 from gankit.errors import UsageError
 from gankit.plugins import manager
+from gankit.structure import evaluating
 
 if TYPE_CHECKING:
     from gankit.data import Dataset
@@ -309,16 +310,23 @@ class GAN:
 
     # -- samples -------------------------------------------------------------------------------------------------
 
+    @property
+    def sampled(self) -> nn.Module:
+        """The network that samples come from: the averaged generator if there is one, else the generator."""
+        network: nn.Module = self.averages.get("generator", self.generator)
+        return network
+
     @torch.no_grad()
-    def draw(self, n: int, stream: torch.Generator, chunk: int = 1000) -> Tensor:
-        """(n, \\*shape) samples of the averaged generator if there is one, else of the generator, in evaluation mode."""
-        network = self.averages.get("generator", self.generator)
-        training = network.training
-        network.eval()
-        sizes = [min(chunk, n - start) for start in range(0, n, chunk)]
-        samples = torch.cat([network(self.latent.draw(size, stream)) for size in sizes])
-        network.train(training)
+    def generate(self, z: Tensor) -> Tensor:
+        """The samples (N, \\*shape) of latents z (N, \\*latent) by :attr:`sampled`, in evaluation mode."""
+        with evaluating(self.sampled):
+            samples: Tensor = self.sampled(z)
         return samples
+
+    def draw(self, n: int, stream: torch.Generator, chunk: int = 1000) -> Tensor:
+        """(n, \\*shape) samples of latents drawn from ``stream``, see :meth:`generate`."""
+        sizes = [min(chunk, n - start) for start in range(0, n, chunk)]
+        return torch.cat([self.generate(self.latent.draw(size, stream)) for size in sizes])
 
     # -- state ---------------------------------------------------------------------------------------------------
 

@@ -138,15 +138,14 @@ def reconstruct(gan: GAN, x: Tensor) -> Tensor:
             "this GAN has no encoder, and G(E(x)) needs one: train with --plugin bigan, pairwise_gp or veegan"
         )
     encoder = (gan.players.get("encoder") or gan.players["reconstructor"]).module
-    network = gan.averages.get("generator", gan.generator)
     made = []
-    with evaluating(encoder, network):
+    with evaluating(encoder):
         for part in torch.split(x, CHUNK):
             code = encoder(part)
             if code.flatten(1).shape[1] == 2 * gan.latent.dim:
                 code = code.chunk(2, dim=1)[0]
                 code = code.tanh() if gan.latent.kind == "uniform" else code
-            made.append(network(code.reshape(len(part), *(gan.latent.shape or (gan.latent.dim,)))))
+            made.append(gan.generate(code.reshape(len(part), *(gan.latent.shape or (gan.latent.dim,)))))
     return torch.cat(made)
 
 
@@ -172,9 +171,8 @@ def measured(
     x: held-out samples (N, \\*shape) on the GAN's device; data: the name of their data set, part of the columns' names.
     The averaged G is asked where there is one. See :func:`ivom` for steps and restarts; seed: of its starts.
     """
-    network = gan.averages.get("generator", gan.generator)
     stream = torch.Generator(gan.device).manual_seed(derive_seed(seed, "invert"))
-    nearest = ivom(network, x, gan.latent, steps=steps, restarts=restarts, generator=stream)
+    nearest = ivom(gan.sampled, x, gan.latent, steps=steps, restarts=restarts, generator=stream)
     facts: dict[str, object] = {"n": len(x), "split": "test", "data": data}
     abouts = {"ivom": facts | {"steps": steps, "restarts": restarts, "rate": RATE}}
     values, reconstruction = {"ivom": nearest.residuals.mean().item()}, None
@@ -214,9 +212,7 @@ def interpolate(
     stream = torch.Generator(gan.device).manual_seed(derive_seed(seed, "interpolate"))
     start, end = gan.latent.draw(rows, stream), gan.latent.draw(rows, stream)
     z = interpolate_latents(start, end, columns, gan.latent.kind).flatten(0, 1)
-    network = gan.averages.get("generator", gan.generator)
-    with evaluating(network), torch.no_grad():
-        fake = torch.cat([network(part) for part in torch.split(z, CHUNK)]).cpu()
+    fake = torch.cat([gan.generate(part) for part in torch.split(z, CHUNK)]).cpu()
     if len(gan.shape) == 3:
         made = pictures.image_grid(fake, columns)
     else:
@@ -263,9 +259,9 @@ def invert(
     data = read_data(config, reporter)
     x = data.held_out(n).to(gan.device)
     found = measured(gan, x, data.name, steps=steps, restarts=restarts, seed=seed)
-    network, residuals = gan.averages.get("generator", gan.generator), found.nearest.residuals
-    with evaluating(network), torch.no_grad():
-        shown = {"x": x, "nearest G(z)": torch.cat([network(part) for part in torch.split(found.nearest.z, CHUNK)])}
+    residuals = found.nearest.residuals
+    nearest = torch.cat([gan.generate(part) for part in torch.split(found.nearest.z, CHUNK)])
+    shown = {"x": x, "nearest G(z)": nearest}
     if found.reconstruction is not None:
         shown["G(E(x))"] = found.reconstruction
     order = residuals.argsort(descending=True).cpu()
