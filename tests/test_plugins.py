@@ -145,7 +145,7 @@ ALLOWED = {  # module: what of gankit it may import while it is imported
     "plugins": {"__version__", "hookspecs", "errors", "options"}, "functional": set(), "losses": {"errors"},
     "networks": {"errors"}, "metrics": {"errors"}, "contract": set(), "defaults": {"contract", "hookspecs"},
     "distributed": {"errors", "hookspecs"},
-    "gan": {"losses", "networks", "contract", "defaults", "distributed", "errors", "plugins"},
+    "gan": {"losses", "networks", "contract", "defaults", "distributed", "errors", "plugins", "structure"},
     "structure": {"errors", "options"},
     "loop": {"contract", "gan"},
     "joint": {"networks", "contract", "errors", "hookspecs"}, "files": set(), "pictures": {"errors", "files"},
