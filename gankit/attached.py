@@ -700,6 +700,7 @@ def attach(
     latent: str = "normal",
     probabilities: bool = False,
     seed: int = 0,
+    steps: int | None = None,
     architecture: Mapping[str, Any] | None = None,
     allow: Iterable[str] = (),
 ) -> Attached:
@@ -716,6 +717,7 @@ def attach(
     latent: what z is drawn from, "normal" or "uniform" on (-1, 1), for plugins that draw more, or bring an encoder.
     probabilities: D ends in a sigmoid; plugins then get the logits before it.
     seed: of the plugins' random numbers and networks. Each rank of a process group has random numbers of its own.
+    steps: how many there will be, for plugins whose weight falls over the training (r1's ``decay_to``).
     architecture: ``network``, ``width``, ``depth`` of networks that plugins bring. allow: refusals that are to be warnings.
 
     Raises UsageError, here or at set-up, with one sentence for what cannot work.
@@ -731,7 +733,7 @@ def attach(
     def make(batch: Batch, explicit: bool) -> OwnGAN:
         real, fake, z = map(like, batch[:3])
         z_shape = tuple(z.shape[1:])
-        return OwnGAN(
+        gan = OwnGAN(
             generator=bare(generator),
             discriminator=bare(discriminator),
             encoder=encoder,
@@ -749,6 +751,8 @@ def attach(
             given=given,
             shared=not explicit or is_shared(generator) or is_shared(discriminator),
         )
+        gan.steps = steps
+        return gan
 
     return Attached(make, scorer, chosen, given, found)
 

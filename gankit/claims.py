@@ -30,7 +30,8 @@ class Claims:
     double_backwards: gradients that are taken in order to be differentiated once more in an update of D.
     waives: checks that it does not hold to on purpose, each with the reason, which ``gankit check`` prints.
 
-    The functions are given the ``step``, too, where they have an argument of that name, for weights that change.
+    The functions are given the ``step`` and the ``steps`` of the whole run, too, where they have arguments of these names,
+    for weights that change.
     """
 
     per_sample: bool = False

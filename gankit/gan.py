@@ -160,6 +160,20 @@ class GAN:
         self.rngs: dict[str, torch.Generator] = {}
         self._parameters: dict[str, list[nn.Parameter]] = {}
 
+    def decayed(self, to: float, step: int) -> float:
+        """What is left in ``step`` of a quantity that falls by the same factor every step, to the share ``to`` at the end.
+
+        to ** (step / steps): 1 before the first step and ``to`` in the last. For weights that fall along with the rates.
+        `UsageError` if nobody has said how many steps there will be, unless ``to`` is 1.
+        """
+        if to == 1:
+            return 1.0
+        if self.steps is None:
+            raise UsageError(
+                "a weight that falls needs to know how many steps there will be: gankit.attach(..., steps=10_000)"
+            )
+        return float(to ** min(1.0, step / self.steps))
+
     # -- random streams ------------------------------------------------------------------------------------------
 
     def stream(self, name: str) -> torch.Generator:

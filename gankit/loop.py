@@ -58,7 +58,7 @@ def update(gan: GAN, phase: str, step: int) -> None:
 
 def train(gan: GAN, steps: int) -> None:
     """Train until ``gan.step`` is ``steps`` or somebody sets ``gan.stop``: ``d_steps`` D updates, then one of G."""
-    gan.steps = steps
+    gan.steps = max(steps, gan.steps or 0)
     while gan.step < steps and not gan.stop:
         gan.step += 1
         for phase in gan.d_steps * ("d",) + ("g",):

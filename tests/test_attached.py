@@ -210,9 +210,14 @@ def test_packing_and_labels_reach_the_discriminator_as_shown() -> None:
     torch.testing.assert_close(loss, by_hand)
 
 
-def own_loop(names: tuple[str, ...], kind: str, d_steps: int, steps: int) -> tuple[list[Tensor], list[Tensor]]:
-    """All trained parameters after gankit's own loop, and after a loop by hand with the same plugins, data and latents."""
-    options = {name: pairs.OPTIONS[name] for name in names if name in pairs.OPTIONS}
+def own_loop(
+    names: tuple[str, ...], kind: str, d_steps: int, steps: int, **own: dict[str, Any]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """All trained parameters after gankit's own loop, and after a loop by hand with the same plugins, data and latents.
+
+    own: options of plugins, by name.
+    """
+    options = {name: pairs.OPTIONS[name] for name in names if name in pairs.OPTIONS} | own
     settings = pairs.SETTINGS.get(names[-1], {})
     theirs = tiny_gan(kind, create(names, options)[0], d_steps=d_steps, **settings)
     G = tiny_gan(kind).generator
@@ -222,7 +227,7 @@ def own_loop(names: tuple[str, ...], kind: str, d_steps: int, steps: int) -> tup
         for phase, module in (("d", D), ("g", G))
     }
     specs = [(name, options.get(name, {})) for name in names]
-    attached = gankit.attach(G, D, specs, optimizers=optimizers, architecture={"width": 8}, **settings)
+    attached = gankit.attach(G, D, specs, optimizers=optimizers, steps=steps, architecture={"width": 8}, **settings)
     data, latents = (torch.Generator().manual_seed(derive_seed(0, name)) for name in ("data", "latent"))
     zeros = torch.zeros(8, *SHAPES[kind])
     attached.setup(zeros, zeros, torch.zeros(8, 4))
@@ -240,6 +245,14 @@ def own_loop(names: tuple[str, ...], kind: str, d_steps: int, steps: int) -> tup
     train(theirs, steps)
     assert attached.gan is not None and attached.gan.step == theirs.step
     return tuple([p for phase in "dg" for p in gan.parameters(phase)] for gan in (theirs, attached.gan))  # type: ignore
+
+
+def test_a_weight_that_falls_does_so_in_a_loop_of_ones_own() -> None:
+    theirs, ours = own_loop(("r1",), "vector", 1, 3, r1={"decay_to": 0.01})
+    for one, other in zip(theirs, ours, strict=True):
+        assert torch.equal(one, other)
+    constant, _ = own_loop(("r1",), "vector", 1, 3)
+    assert not torch.equal(theirs[0], constant[0])
 
 
 SHOWING = ("packing", "bigan", "pairwise_gp", "veegan")  # D is built for what they show

@@ -31,6 +31,7 @@ KINDS: dict[str, tuple[int, ...]] = {"vector": (3,), "image": (1, 16, 16)}  # 16
 TERM_HOOKS = {"d": "pre_d_loss", "g": "post_g_loss"}
 Z_DIM = 4
 BATCH = 8
+STEP = 720720  # a late one: a multiple of all numbers up to 16, so that lazy penalties act
 WARM = 3  # steps before a scene: averages and histories have begun
 LAST = 17  # the step by which a term must have shown itself; lazy penalties act every 16th
 Watch = Callable[[str, dict[str, Any]], AbstractContextManager[None]]
@@ -221,6 +222,7 @@ class Bench:
             torch.rand(gan.batch_size, *shape, generator=gan.stream("data"), device=gan.device) * 2 - 1
         )
         gan.data = None
+        gan.steps = 2 * STEP
         if watch:
             observe(gan, plugins[self.name], watch)
         if prepare:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gankit.conformance.bench import (
     KINDS,
+    STEP,
     TERM_HOOKS,
     WARM,
     Bench,
@@ -28,7 +29,6 @@ from gankit.contract import Batch, View, watched
 from gankit.gan import GAN, call_with_accepted
 from gankit.loop import train
 
-STEP = 720720  # a multiple of all numbers up to 16, so that lazy penalties act
 EARLY = 3  # where a weight that changes over steps is another one
 STREAMS = 40  # over which random terms are averaged
 NORMS = (0.0, 0.3, 1.0, 1.7, 2.0, 3.0, 0.5, 4.0)
@@ -104,7 +104,7 @@ class Toy:
 
     def said(self, claim: Callable[..., Tensor], *values: Tensor, step: int = STEP) -> Tensor:
         """What a claim makes of these values."""
-        found: Tensor = call_with_accepted(partial(claim, self.plugin, *values), step=step)
+        found: Tensor = call_with_accepted(partial(claim, self.plugin, *values), step=step, steps=self.gan.steps)
         return found
 
 

@@ -43,7 +43,7 @@ class R2:
         "Mescheder et al. 2018, Which Training Methods for GANs do actually Converge?, arXiv:1801.04406, eq. 10"
     )
     claims: ClassVar[Claims] = Claims(
-        gradient_norm=lambda self, norm: self.weight / 2 * norm**2,
+        gradient_norm=lambda self, norm, step, steps: self.weight * self.decay_to ** (step / steps) / 2 * norm**2,
         at="fake",
         per_sample=True,
         non_negative=True,
@@ -55,12 +55,17 @@ class R2:
 
     weight: Annotated[float, "the paper's gamma: half of it multiplies the mean square"] = 10.0
     every: Annotated[int, "apply in every k-th step, k times as strong (lazy regularization)"] = 1
+    decay_to: Annotated[
+        float, "share of the weight that is left at the end: it falls by the same factor every step"
+    ] = 1.0
 
     def __post_init__(self) -> None:
         if self.weight < 0:
             raise ValueError("weight must not be negative")
         if self.every < 1:
             raise ValueError("every must be at least 1")
+        if not 0 < self.decay_to <= 1:
+            raise ValueError("decay_to must be above 0 and at most 1, which is for a constant weight")
 
     @hookimpl(trylast=True)
     def setup(self, gan: GAN) -> None:
@@ -68,8 +73,8 @@ class R2:
         need_per_sample_critic(gan, "r2")
 
     @hookimpl
-    def pre_d_loss(self, view: View, fake_logits: Tensor, step: int) -> dict[str, Tensor] | None:
+    def pre_d_loss(self, gan: GAN, view: View, fake_logits: Tensor, step: int) -> dict[str, Tensor] | None:
         """The term "r2" from the logits at hand; in a joint view with respect to all floating inputs of the critic."""
         if step % self.every:
             return None
-        return {"r2": self.weight * self.every * r2_penalty(fake_logits, view.fake)}
+        return {"r2": self.weight * gan.decayed(self.decay_to, step) * self.every * r2_penalty(fake_logits, view.fake)}

@@ -16,13 +16,10 @@ from gankit import UsageError
 from gankit.cli import main
 from gankit.data import load
 from gankit.provenance import metric_of
-from gankit.testing import plugin_checks
 from gankit.training import measure
 
 SHORT = ["--steps", "4", "--batch", "8", "--width", "8", "--eval-samples", "20", "--threads", "1", "--eval-every", "2"]
 FEW = ["--plugin", "ivom", "-o", "ivom.n=9", "-o", "ivom.steps=5"]
-
-test_plugin = plugin_checks("ivom", n=8, steps=3, restarts=1)
 
 
 def linear_gan(**options: int) -> gankit.GAN:

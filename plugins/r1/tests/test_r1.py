@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gankit import UsageError, View, hookimpl
+from gankit import Optim, UsageError, View, hookimpl
 from gankit.loop import d_terms, total, update
 from gankit.options import build
-from gankit.testing import run, tiny_gan
+from gankit.testing import plugin_checks, run, tiny_gan
 
 torch.set_num_threads(1)
 
@@ -258,6 +258,29 @@ def test_every_k_is_k_times_as_strong_and_absent_in_between() -> None:
     assert total(terms[1]).item() == pytest.approx(terms[1]["adv"].item() + 20 * single.item())
 
 
+def test_the_weight_falls_by_the_same_factor_every_step() -> None:
+    """With constant weights of the networks (no rate), the terms of a run of four steps differ by the factor alone."""
+    still: dict[str, Any] = {"optim": {phase: Optim(lr=0.0) for phase in ("d", "g")}, "steps": 4}
+    constant, falling = (
+        [terms["r1"] for phase, _, terms in run({"r1": R1(decay_to=to)}, **still)[1].updates if phase == "d"]
+        for to in (1.0, 0.0016)
+    )
+    shares = [later / first for later, first in zip(falling, constant, strict=True)]
+    assert shares == pytest.approx([0.2, 0.04, 0.008, 0.0016])
+
+
+@pytest.mark.parametrize("name", ["claimed_norm", "claimed_place", "weight_is_a_factor", "every", "resumes"])
+def test_conformance_of_a_weight_that_falls(name: str) -> None:
+    (check,) = (check for check in plugin_checks("r1", decay_to=0.01) if str(check) == name)
+    check()
+
+
+def test_a_weight_that_falls_needs_to_know_how_far_there_is_to_go() -> None:
+    gan = tiny_gan(plugins={"r1": R1(decay_to=0.5)})
+    with pytest.raises(UsageError, match="how many steps"):
+        update(gan, "d", 1)
+
+
 def test_same_seed_same_terms_and_the_next_step_after_a_round_trip() -> None:
     first, log = run({"r1": R1()}, steps=2)
     assert log.updates == run({"r1": R1()}, steps=2)[1].updates
@@ -271,7 +294,9 @@ def test_same_seed_same_terms_and_the_next_step_after_a_round_trip() -> None:
         assert torch.equal(mine, his)
 
 
-@pytest.mark.parametrize(("options", "message"), [({"weight": -1}, "weight"), ({"every": 0}, "every")])
+@pytest.mark.parametrize(
+    ("options", "message"), [({"weight": -1}, "weight"), ({"every": 0}, "every"), ({"decay_to": 0}, "decay_to")]
+)
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         build(R1, options, "r1")
