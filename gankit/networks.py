@@ -201,6 +201,48 @@ def fourier_generator(
     return FourierMLP(z_dim, _checked_shape(shape), width, depth, octaves)
 
 
+def spread_discriminator(
+    shapes: Sequence[Sequence[int]], width: int = 128, depth: int = 3, spread: float = 6.0
+) -> nn.Module:
+    """Build an MLP D whose units bend all over the data: ``--discriminator gankit.networks:spread_discriminator``.
+
+    The biases of its first layer are drawn from U(-spread, spread), those of the second from a third of that, instead of
+    nearly 0. For vectors far from 0 with many coordinates, whose weights alone decide where a unit bends, and there put all
+    bends at 0. spread: about the largest |w.x| of a unit at the start. The rest as for `discriminator` with an mlp.
+    """
+    _positive(width=width, depth=depth)
+    network = discriminator(shapes, network="mlp", width=width, depth=depth)
+    for name, bound in (("hidden0", spread), ("hidden1", spread / 3)):
+        layer = getattr(network.layers, name, None)
+        if isinstance(layer, nn.Linear):
+            nn.init.uniform_(layer.bias, -bound, bound)
+    return network
+
+
+def deep_generator(shape: Sequence[int], z_dim: int, width: int = 32) -> nn.Module:
+    """Build a DCGAN G that starts at 4 x 4: ``--generator gankit.networks:deep_generator``.
+
+    A side that is no 4 * 2^k is cropped out of the next larger one, so that 28 px have three doublings instead of two; and
+    the initial weights are PyTorch's instead of N(0, 0.02^2). z (B, z_dim) -> (B, C, H, W), with tanh; width: channels of
+    the layer next to the image. Errors as for `generator`.
+    """
+    channels, side, _ = _square(shape)
+    _positive(z_dim=z_dim, width=width)
+    return Cropped(_reset(ConvGenerator(z_dim, (channels, _whole(side), _whole(side)), width)), side)
+
+
+def deep_discriminator(shapes: Sequence[Sequence[int]], width: int = 32) -> nn.Module:
+    """Build a DCGAN D that ends at 4 x 4, the counterpart of `deep_generator`: images are padded with zeros.
+
+    Further inputs, width and errors as for `discriminator`.
+    """
+    first, *further = [_checked_shape(shape) for shape in shapes]
+    channels, side, _ = _square(first)
+    _positive(width=width)
+    trunk = ConvTrunk((channels, _whole(side), _whole(side)), width, "none")
+    return _reset(Scorer(Padded(trunk, side), sum(math.prod(shape) for shape in further), 4 * width))
+
+
 class ConvGenerator(nn.Module):
     """DCGAN generator: linear to (width * 2^(k-1), s0, s0), then k transposed convolutions that double the side."""
 
@@ -250,6 +292,35 @@ class ConvTrunk(nn.Module):
         """Images (B, C, H, W) -> (B, features)."""
         maps: Tensor = self.layers(x)
         return maps.flatten(1)
+
+
+class Cropped(nn.Module):
+    """A generator of larger images, cut to the middle ``side`` pixels."""
+
+    def __init__(self, body: nn.Module, side: int) -> None:
+        super().__init__()
+        self.body, self.side = body, side
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Z (B, z_dim) -> images (B, C, side, side)."""
+        images: Tensor = self.body(z)
+        start = (images.shape[-1] - self.side) // 2
+        return images[..., start : start + self.side, start : start + self.side]
+
+
+class Padded(nn.Module):
+    """The trunk of a discriminator of larger images, shown images of ``side`` pixels in the middle of zeros."""
+
+    def __init__(self, body: ConvTrunk, side: int) -> None:
+        super().__init__()
+        self.body, self.features = body, body.features
+        missing = _whole(side) - side
+        self.margins = (missing // 2, missing - missing // 2) * 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> (B, features)."""
+        features: Tensor = self.body(nn.functional.pad(x, self.margins))
+        return features
 
 
 class ResidualGenerator(nn.Module):
@@ -344,7 +415,7 @@ class DownBlock(nn.Module):
 class Scorer(nn.Module):
     """D of images: features of the first input, joined with all further inputs flat -> logits (B,)."""
 
-    def __init__(self, trunk: ConvTrunk | ResidualTrunk, joint: int, hidden: int) -> None:
+    def __init__(self, trunk: ConvTrunk | ResidualTrunk | Padded, joint: int, hidden: int) -> None:
         super().__init__()
         self.trunk = trunk
         # one hidden layer, or D would be f(x) + w.z and could not see which z belongs to which x
@@ -391,6 +462,14 @@ def _init_dcgan(module: M) -> M:
     return module
 
 
+def _reset(module: M) -> M:
+    """With the initial weights of PyTorch's own layers."""
+    for layer in module.modules():
+        if callable(reset := getattr(layer, "reset_parameters", None)):
+            reset()
+    return module
+
+
 def _init_resnet(module: M) -> M:
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
@@ -403,6 +482,18 @@ def _init_resnet(module: M) -> M:
 
 def _is_image(shape: tuple[int, ...]) -> bool:
     return len(shape) == 3
+
+
+def _square(shape: Sequence[int]) -> tuple[int, ...]:
+    shape = _checked_shape(shape)
+    if not _is_image(shape) or shape[1] != shape[2]:
+        raise UsageError(f"a deep_generator or deep_discriminator is for square images (C, H, H), not {shape}")
+    return shape
+
+
+def _whole(side: int) -> int:
+    """The smallest 4 * 2^k, k >= 1, that is no less than a side."""
+    return int(4 * 2 ** max(1, math.ceil(math.log2(side / 4))))
 
 
 def _base_and_doublings(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from gankit.errors import UsageError
-from gankit.networks import NETWORKS, discriminator, encoder, fourier_generator, generator
+from gankit.networks import (
+    NETWORKS,
+    deep_discriminator,
+    deep_generator,
+    discriminator,
+    encoder,
+    fourier_generator,
+    generator,
+    spread_discriminator,
+)
 
 Z = 5
 IMAGES = [(1, 28, 28), (3, 32, 32), (6, 28, 28), (3, 64, 64)]
@@ -264,6 +273,10 @@ def test_mlp_depth_and_width(depth: int) -> None:
         (lambda: discriminator([]), r"at least one input"),
         (lambda: discriminator([(2,)], norm="layer"), r"no norm 'layer'"),
         (lambda: encoder((2,), Z, latent="norml"), r"did you mean 'normal'"),
+        (lambda: deep_generator((2,), Z), r"square images"),
+        (lambda: deep_discriminator([(1, 28, 32)]), r"square images"),
+        (lambda: deep_generator((1, 28, 28), Z, width=0), r"width must be 1 or more"),
+        (lambda: spread_discriminator([(2,)], depth=0), r"depth must be 1 or more"),
         (lambda: discriminator([(1, 28, 28)])(data(2, 1, 28, 28), data(2, Z)), r"one input"),
     ],
 )
@@ -282,6 +295,49 @@ def test_fourier_features_are_octaves_of_each_coordinate() -> None:
     np.testing.assert_allclose(network(z).detach().numpy(), expected, atol=1e-5)
     with pytest.raises(UsageError, match="octaves"):
         fourier_generator((2,), 1, octaves=0)
+
+
+@pytest.mark.parametrize(("side", "inner"), [(6, 8), (8, 8), (16, 16), (28, 32), (33, 64)])
+def test_deep_networks_are_those_of_the_next_side_cropped_and_padded(side: int, inner: int) -> None:
+    deep, x = deep_discriminator([(3, side, side), (2,)], width=4), data(2, 3, side, side)
+    padded, before = np.zeros((2, 3, inner, inner), np.float32), (inner - side) // 2
+    padded[:, :, before : before + side, before : before + side] = x.numpy()
+    plain = discriminator([(3, inner, inner), (2,)], width=4)
+    assert [w.shape for w in deep.parameters()] == [w.shape for w in plain.parameters()]
+    with torch.no_grad():
+        for mine, its in zip(deep.parameters(), plain.parameters(), strict=True):
+            its.copy_(mine)
+    y = data(2, 2)
+    torch.testing.assert_close(deep(x, y), plain(torch.from_numpy(padded), y))
+    g, whole = deep_generator((3, side, side), Z, width=4), generator((3, inner, inner), Z, width=4)
+    with torch.no_grad():
+        for mine, its in zip(g.parameters(), whole.parameters(), strict=True):
+            its.copy_(mine)
+    z = data(5, Z)
+    inside = slice(before, before + side)
+    torch.testing.assert_close(g(z), whole(z)[:, :, inside, inside])
+
+
+def test_deep_networks_start_with_pytorchs_weights() -> None:
+    """U(-1/sqrt(fan), 1/sqrt(fan)): the largest of many is close to the bound, and biases are not 0."""
+    weight, bias = list(deep_discriminator([(3, 28, 28)]).parameters())[2:4]
+    bound = 1 / math.sqrt(32 * 4 * 4)
+    assert 0.95 * bound < weight.abs().max() <= bound
+    assert 0 < bias.abs().max() <= bound
+
+
+def test_units_of_a_spread_discriminator_bend_all_over_the_data() -> None:
+    """Along the diagonal of 1200 coordinates the shipped network's units all bend near 0, those of this one up to 10."""
+
+    def bends(network: nn.Module) -> torch.Tensor:
+        weight, bias = list(network.parameters())[:2]
+        return (-bias / weight.sum(1)).abs()
+
+    assert bends(discriminator([(1200,)])).median() < 0.1
+    assert bends(spread_discriminator([(1200,)])).median() > 3
+    first, second = (list(spread_discriminator([(3,)], spread=2.0).parameters())[i] for i in (1, 3))
+    assert 1.9 < first.abs().max() <= 2 and 0.6 < second.abs().max() <= 2 / 3
+    assert spread_discriminator([(3,)], depth=1)(data(2, 3)).shape == (2,)
 
 
 def test_networks_are_listed() -> None:
