@@ -50,8 +50,14 @@ class Config:
     ] = "non_saturating"
 
     network: Annotated[Literal["auto", "mlp", "dcgan", "resnet"], "family of networks; auto: mlp or dcgan"] = "auto"
-    generator: Annotated[str | None, "your own: module:factory or file.py:factory(shape, z_dim)"] = None
-    discriminator: Annotated[str | None, "your own: module:factory or file.py:factory(shapes)"] = None
+    generator: Annotated[
+        str | None,
+        "your own: module:factory or file.py:factory, called with what it names of shape, z_dim, latent, width, depth",
+    ] = None
+    discriminator: Annotated[
+        str | None,
+        "your own: module:factory or file.py:factory, called with what it names of shapes, shape, z_dim, width, depth",
+    ] = None
     width: Annotated[
         int | None, "hidden units of G (mlp; D has twice as many), or channels next to the image (dcgan, resnet)"
     ] = None

@@ -107,13 +107,15 @@ class GAN:
     """Two networks, what they are trained on, and the hooks that act on them.
 
     generator: a module (B, z_dim) -> (B, \\*shape), or a factory of one that asks by name for any of ``shape``,
-        ``z_dim``, ``latent``.
+        ``z_dim``, ``latent``, ``width``, ``depth``.
     discriminator: a module from the view's tensors to logits, or a factory of one that asks by name for any of
-        ``shapes`` (of the tensors it is shown, without the batch dimension), ``shape``, ``z_dim``. A factory is called
-        when the view is known, so that packing and joint views fit. None, for either: a plugin's, or the shipped one.
+        ``shapes`` (of the tensors it is shown, without the batch dimension), ``shape``, ``z_dim``, ``width``,
+        ``depth``. A factory is called when the view is known, so that packing and joint views fit. None, for either: a
+        plugin's, or the shipped one.
     shape: of one sample, (D,) or (C, H, W).
     plugins: objects with hook implementations, by name, in the order in which they are to act.
-    architecture: ``network``, ``width`` and ``depth`` of the shipped networks, for plugins that bring one more.
+    architecture: ``network``, ``width`` and ``depth`` of the shipped networks, and of those that plugins bring;
+        factories that ask for width or depth are given them where they are set.
     encoder: from samples to latents, for plugins that need one; without it they make their own.
     allow: names of refusals that are to be warnings.
     core: the same for behaviour of the core or of the caller; it acts after the plugins.
@@ -280,8 +282,9 @@ class GAN:
     def _make(self, name: str, network: Network, **known: Any) -> nn.Module:
         if isinstance(network, nn.Module):
             return network
+        sizes = {key: self.architecture[key] for key in ("width", "depth") if self.architecture.get(key) is not None}
         with seeded(self.seed, name):
-            return need_module(name, network, call_with_accepted(network, **known))
+            return need_module(name, network, call_with_accepted(network, **known, **sizes))
 
     def _add(self, name: str, module: nn.Module, phase: str) -> None:
         module = module.to(self.device)

@@ -174,6 +174,20 @@ def test_every_loss_trains() -> None:
         assert gan.loss.name == loss
 
 
+def test_a_factory_is_given_width_and_depth_where_they_are_set_and_it_asks_for_them() -> None:
+    asked = {}
+
+    def mine(shape: tuple[int, ...], z_dim: int, width: int = 5, depth: int = 7) -> torch.nn.Module:
+        asked.update(width=width, depth=depth)
+        return torch.nn.Linear(z_dim, *shape)
+
+    def small(shapes: list[tuple[int, ...]]) -> torch.nn.Module:
+        return torch.nn.Linear(*shapes[0], 1)
+
+    GAN(mine, small, (2,), Latent(3), architecture={"network": "mlp", "width": 8, "depth": None}).build()
+    assert asked == {"width": 8, "depth": 7}
+
+
 def test_a_factory_that_asks_for_what_there_is_not_is_told() -> None:
     def mine(shape: tuple[int, ...], noise: int) -> torch.nn.Module:
         raise AssertionError("not called")
