@@ -115,7 +115,7 @@ class GAN:
     shape: of one sample, (D,) or (C, H, W).
     plugins: objects with hook implementations, by name, in the order in which they are to act.
     architecture: ``network``, ``width`` and ``depth`` of the shipped networks, and of those that plugins bring;
-        factories that ask for width or depth are given them where they are set.
+        factories that ask for width or depth are given them, where they are set and no `functools.partial` has bound them.
     encoder: from samples to latents, for plugins that need one; without it they make their own.
     allow: names of refusals that are to be warnings.
     core: the same for behaviour of the core or of the caller; it acts after the plugins.
@@ -282,7 +282,9 @@ class GAN:
     def _make(self, name: str, network: Network, **known: Any) -> nn.Module:
         if isinstance(network, nn.Module):
             return network
-        sizes = {key: self.architecture[key] for key in ("width", "depth") if self.architecture.get(key) is not None}
+        bound = network.keywords if isinstance(network, partial) else {}
+        asked = [key for key in ("width", "depth") if self.architecture.get(key) is not None and key not in bound]
+        sizes = {key: self.architecture[key] for key in asked}
         with seeded(self.seed, name):
             return need_module(name, network, call_with_accepted(network, **known, **sizes))
 

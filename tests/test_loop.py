@@ -3,6 +3,7 @@
 import ast
 import traceback
 from collections.abc import Generator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,8 @@ def test_a_factory_is_given_width_and_depth_where_they_are_set_and_it_asks_for_t
 
     GAN(mine, small, (2,), Latent(3), architecture={"network": "mlp", "width": 8, "depth": None}).build()
     assert asked == {"width": 8, "depth": 7}
+    GAN(partial(mine, width=9), small, (2,), Latent(3), architecture={"width": 8, "depth": 2}).build()
+    assert asked == {"width": 9, "depth": 2}
 
 
 def test_a_factory_that_asks_for_what_there_is_not_is_told() -> None:
