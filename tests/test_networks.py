@@ -320,10 +320,12 @@ def test_deep_networks_are_those_of_the_next_side_cropped_and_padded(side: int, 
 
 def test_deep_networks_start_with_pytorchs_weights() -> None:
     """U(-1/sqrt(fan), 1/sqrt(fan)): the largest of many is close to the bound, and biases are not 0."""
-    weight, bias = list(deep_discriminator([(3, 28, 28)]).parameters())[2:4]
-    bound = 1 / math.sqrt(32 * 4 * 4)
-    assert 0.95 * bound < weight.abs().max() <= bound
-    assert 0 < bias.abs().max() <= bound
+    first_of_g = list(deep_generator((3, 28, 28), Z).parameters())[:2]
+    second_of_d = list(deep_discriminator([(3, 28, 28)]).parameters())[2:4]
+    for (weight, bias), fan in ((first_of_g, Z), (second_of_d, 32 * 4 * 4)):
+        bound = 1 / math.sqrt(fan)
+        assert 0.95 * bound < weight.abs().max() <= bound
+        assert 0 < bias.abs().max() <= bound
 
 
 def test_units_of_a_spread_discriminator_bend_all_over_the_data() -> None:
