@@ -236,11 +236,25 @@ def deep_discriminator(shapes: Sequence[Sequence[int]], width: int = 32) -> nn.M
 
     Further inputs, width and errors as for `discriminator`.
     """
+    return _deep(shapes, width, dense=False)
+
+
+def dense_discriminator(shapes: Sequence[Sequence[int]], width: int = 32) -> nn.Module:
+    """Build a `deep_discriminator` that sees what occurs together: ``--discriminator gankit.networks:dense_discriminator``.
+
+    A DCGAN D adds up what it finds at each place, so that for parts of the image farther apart than a last feature reaches
+    (10 px after two convolutions, 22 after three) D(both) - D(one) - D(other) + D(neither) is exactly 0: it cannot learn
+    which of them come together. Here a hidden layer of 4 * width units looks at all places at once.
+    """
+    return _deep(shapes, width, dense=True)
+
+
+def _deep(shapes: Sequence[Sequence[int]], width: int, *, dense: bool) -> nn.Module:
     first, *further = [_checked_shape(shape) for shape in shapes]
     channels, side, _ = _square(first)
     _positive(width=width)
-    trunk = ConvTrunk((channels, _whole(side), _whole(side)), width, "none")
-    return _reset(Scorer(Padded(trunk, side), sum(math.prod(shape) for shape in further), 4 * width))
+    trunk = Padded(ConvTrunk((channels, _whole(side), _whole(side)), width, "none"), side)
+    return _reset(Scorer(trunk, sum(math.prod(shape) for shape in further), 4 * width, dense=dense))
 
 
 class ConvGenerator(nn.Module):
@@ -415,21 +429,24 @@ class DownBlock(nn.Module):
 class Scorer(nn.Module):
     """D of images: features of the first input, joined with all further inputs flat -> logits (B,)."""
 
-    def __init__(self, trunk: ConvTrunk | ResidualTrunk | Padded, joint: int, hidden: int) -> None:
+    def __init__(
+        self, trunk: ConvTrunk | ResidualTrunk | Padded, joint: int, hidden: int, *, dense: bool = False
+    ) -> None:
         super().__init__()
         self.trunk = trunk
+        self.joins = joint > 0
         # one hidden layer, or D would be f(x) + w.z and could not see which z belongs to which x
-        self.joint = nn.Linear(trunk.features + joint, hidden) if joint else None
+        self.joint = nn.Linear(trunk.features + joint, hidden) if joint or dense else None
         self.activation = nn.LeakyReLU(SLOPE)
-        self.out = nn.Linear(hidden if joint else trunk.features, 1)
+        self.out = nn.Linear(hidden if self.joint else trunk.features, 1)
 
     def forward(self, x: Tensor, *joined: Tensor) -> Tensor:
         """Images (B, C, H, W) and the further inputs -> logits (B,)."""
+        if joined and not self.joins:
+            raise UsageError("this discriminator was built for one input: give the shapes of all its inputs")
         features = self.trunk(x)
         if self.joint is not None:
             features = self.activation(self.joint(_flat((features, *joined))))
-        elif joined:
-            raise UsageError("this discriminator was built for one input: give the shapes of all its inputs")
         logits: Tensor = self.out(features)
         return logits.squeeze(1)
 

@@ -13,6 +13,7 @@ from gankit.networks import (
     NETWORKS,
     deep_discriminator,
     deep_generator,
+    dense_discriminator,
     discriminator,
     encoder,
     fourier_generator,
@@ -316,6 +317,35 @@ def test_deep_networks_are_those_of_the_next_side_cropped_and_padded(side: int, 
     z = data(5, Z)
     inside = slice(before, before + side)
     torch.testing.assert_close(g(z), whole(z)[:, :, inside, inside])
+
+
+@pytest.mark.parametrize(("side", "reach"), [(16, 10), (28, 22), (32, 22)])
+def test_a_dcgan_d_adds_up_distant_parts_and_a_dense_one_sees_them_together(side: int, reach: int) -> None:
+    def interaction(d: nn.Module, apart: int) -> float:
+        neither = data(1, 3, side, side, dtype=torch.float64)
+        one, other, both = (neither.clone() for _ in range(3))
+        start = (side - apart) // 2  # so that the two columns that change span ``apart`` pixels
+        for x in (one, both):
+            x[..., start] *= -1
+        for x in (other, both):
+            x[..., start + apart - 1] *= -1
+        parts = [d(x).item() for x in (both, one, other, neither)]
+        return abs(parts[0] - parts[1] - parts[2] + parts[3]) / (max(parts) - min(parts))
+
+    deep, dense = (
+        build(factory, [(3, side, side)], width=16).double() for factory in (deep_discriminator, dense_discriminator)
+    )
+    assert interaction(deep, reach + 2) < 1e-12
+    assert interaction(deep, 4) > 1e-6
+    assert interaction(dense, reach + 2) > 1e-6
+
+
+def test_a_dense_d_of_one_input_refuses_a_second_and_joins_it_where_it_was_built_for_it() -> None:
+    with pytest.raises(UsageError, match="one input"):
+        dense_discriminator([(1, 28, 28)])(data(2, 1, 28, 28), data(2, Z))
+    dense, deep = (f([(1, 28, 28), (Z,)], width=4) for f in (dense_discriminator, deep_discriminator))
+    assert [w.shape for w in dense.parameters()] == [w.shape for w in deep.parameters()]
+    assert dense(data(2, 1, 28, 28), data(2, Z)).shape == (2,)
 
 
 def test_deep_networks_start_with_pytorchs_weights() -> None:

@@ -161,7 +161,7 @@ def _color(color: tuple[int, int, int]) -> Tensor:
 
 
 def _background() -> Tensor:
-    """The junction without vehicles, (3, 28, 28)."""
+    """The junction without vehicles, (3, 16, 16)."""
     canvas = torch.zeros(3, SIDE, SIDE, dtype=torch.float64)
     halves = (slice(0, SIDE // 2), slice(SIDE // 2, SIDE))
     for (rows, columns), color in zip(((r, c) for r in halves for c in halves), _CORNERS, strict=True):
