@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +99,37 @@ def unrolled_generator(shape: Sequence[int], z_dim: int) -> nn.Module:
 def unrolled_discriminator(shapes: Sequence[Sequence[int]]) -> nn.Module:
     """D of the unrolled GAN's public notebook: as its G."""
     return Logits(_tanh_mlp(sum(math.prod(shape) for shape in shapes), 1))
+
+
+# -- VEEGAN on the grid --------------------------------------------------------------------------------------------
+
+
+def _relu_mlp(*sizes: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for inside, outside in pairwise(sizes):
+        linear = nn.Linear(inside, outside)
+        init.xavier_uniform_(linear.weight)  # as tf.slim's layers, which the notebook is written in
+        init.zeros_(linear.bias)
+        layers += [linear, nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def veegan_generator(shape: Sequence[int], z_dim: int) -> nn.Module:
+    """G of VEEGAN's public notebook for the grid: two hidden layers of 128 ReLU.
+
+    The notebook appends one more coordinate to z, noise that is not reconstructed; it is left out here.
+    """
+    return nn.Sequential(_relu_mlp(z_dim, 128, 128, math.prod(shape)), nn.Unflatten(1, tuple(shape)))
+
+
+def veegan_discriminator(shapes: Sequence[Sequence[int]]) -> nn.Module:
+    """D of VEEGAN's public notebook: one hidden layer of 128 ReLU on all its inputs joined."""
+    return Logits(_relu_mlp(sum(math.prod(shape) for shape in shapes), 128, 1))
+
+
+def veegan_reconstructor(shape: Sequence[int], z_dim: int) -> nn.Module:
+    """F of VEEGAN's public notebook, the mean of p(z | x): two hidden layers of 128 ReLU, (B, *shape) -> (B, z_dim)."""
+    return nn.Sequential(nn.Flatten(), _relu_mlp(math.prod(shape), 128, 128, z_dim))
 
 
 # -- DCGAN with TensorFlow's padding, for stacked MNIST ------------------------------------------------------------

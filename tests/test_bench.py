@@ -421,6 +421,12 @@ def test_the_papers_networks_have_their_sizes() -> None:
     assert count(protocols.pacgan_generator((2,), 2)) == 2 * 400 + 3 * 400**2 + 4 * 800 + 400 * 2 + 2
     assert count(protocols.pacgan_discriminator([(4,)])) == 5 * 1000 + 2 * 201 * 1000 + 201
     assert count(protocols.unrolled_generator((2,), 256)) == 257 * 128 + 129 * 128 + 129 * 2
+    assert count(protocols.veegan_generator((2,), 254)) == 255 * 128 + 129 * 128 + 129 * 2
+    assert count(protocols.veegan_discriminator([(2,), (254,)])) == 257 * 128 + 129
+    assert count(protocols.veegan_reconstructor((2,), 254)) == 3 * 128 + 129 * 128 + 129 * 254
+    first = protocols.veegan_discriminator([(2,), (254,)]).body[0]
+    assert first.weight.abs().max() <= math.sqrt(6 / (256 + 128)) and not first.bias.any()
+    assert first.weight.std().item() == pytest.approx(math.sqrt(2 / (256 + 128)), rel=0.02)
     g, d = protocols.dcgan_same_generator((3, 28, 28), 100), protocols.dcgan_same_discriminator([(6, 28, 28)])
     x = g(torch.randn(3, 100))
     assert x.shape == (3, 3, 28, 28) and d(torch.cat([x, x], 1)).shape == (3,)

@@ -47,8 +47,10 @@ class VEEGAN:
     same ratio on its own side, +mean D(x, F(x)).
 
     Sources differ on F. Its first poster says that F learns "within the KL term", through D on (x, F(x)), and from the
-    distance: ``reconstructor_loss="joint"``, the default. The paper's algorithm listing gives F the gradient of the
-    distance alone: ``reconstructor_loss="reconstruction"``.
+    distance: ``reconstructor_loss="joint"``, the default. The paper's algorithm listing and the authors' notebook for the
+    grid give F the gradient of the distance alone: ``reconstructor_loss="reconstruction"``. The notebook takes F(x) for the
+    mean of a normal p(z | x) of variance 1: d is half the squared norm, ``weight=0.5``, and D sees codes drawn from
+    it, ``noise=1``.
 
     The plugin replaces G's adversarial loss, whatever ``--loss`` says about G: the mean logit is VEEGAN's. D's loss has
     to be the logistic one, or a logit is no log ratio; others are refused (``--allow veegan-loss`` keeps D's loss).
@@ -68,11 +70,16 @@ class VEEGAN:
     reconstructor_loss: Annotated[
         Literal["joint", "reconstruction"], "F learns through D on (x, F(x)) and from d, or from d alone"
     ] = "joint"
+    noise: Annotated[
+        float, "standard deviation of the noise on the codes F(x) that D sees; the authors' notebook has 1"
+    ] = 0.0
     reconstructor: Annotated[str | None, "your own F: module:factory or file.py:factory(shape, z_dim)"] = None
 
     def __post_init__(self) -> None:
         if self.weight < 0:
             raise ValueError("weight must not be negative")
+        if self.noise < 0:
+            raise ValueError("noise must not be negative")
         if self.reconstructor_loss == "reconstruction" and self.weight == 0:
             raise ValueError("weight must be positive where F learns from the reconstruction alone")
 
@@ -99,10 +106,12 @@ class VEEGAN:
 
     @hookimpl(wrapper=True)
     def sample(self, gan: GAN) -> Generator[None, Batch, Batch]:
-        """Add the code F(x) of the real samples, ``extra["code"]``; without a graph where D is not to train F."""
+        """Add the code of the real samples, ``extra["code"]``, F(x) and noise; without a graph where D is not to train F."""
         batch = yield
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.reconstructor_loss == "joint"):
             code = encode(gan.players["reconstructor"].module, batch.real, batch.z, name="reconstructor")
+        if self.noise:
+            code = code + self.noise * torch.empty_like(code).normal_(generator=gan.rng(self))
         return batch._replace(extra={**batch.extra, "code": code})
 
     @hookimpl(wrapper=True)

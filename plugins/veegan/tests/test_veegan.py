@@ -139,6 +139,30 @@ def test_the_critic_sees_pairs_with_x_first_and_g_trains_f_on_both_sides() -> No
     assert view.real[1].grad_fn is None  # D tells F nothing
 
 
+@pytest.mark.parametrize("reconstructor_loss", ["joint", "reconstruction"])
+def test_noise_is_on_the_codes_that_d_sees_and_nowhere_else(reconstructor_loss: Any) -> None:
+    gan = tiny_gan(plugins={"veegan": VEEGAN(noise=0.7, reconstructor_loss=reconstructor_loss)}, batch_size=4000)
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    terms, batch, view = g_update(gan)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    noise = (view.real[1] - gan.reconstructor(batch.real)).detach().double().numpy()
+    assert noise.mean() == pytest.approx(0, abs=0.03)
+    np.testing.assert_allclose(np.cov(noise.T), 0.49 * np.eye(noise.shape[1]), atol=0.05)
+    assert view.real[1].requires_grad  # `watched`, where there is no graph to F
+    assert (view.real[1].grad_fn is not None) == (reconstructor_loss == "joint")
+    assert torch.equal(view.fake[1], batch.z)
+    assert terms["veegan"].item() == pytest.approx(latent_distance(batch.z, gan.reconstructor(batch.fake)).item())
+
+
+def test_the_authors_reconstruction_is_the_log_likelihood_of_a_normal_distribution() -> None:
+    # the notebook writes -sum_j log N(z_j; F(G(z))_j, 1): half the squared norm, and a constant
+    z, f = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
+    likelihood = torch.distributions.Normal(f, 1).log_prob(z).sum(1).mean()
+    constant = 5 / 2 * math.log(2 * math.pi)
+    assert 0.5 * latent_distance(z, f).item() + constant == pytest.approx(-likelihood.item())
+
+
 def test_d_is_a_logistic_classifier_and_its_update_leaves_g_and_f_alone() -> None:
     log = Log()
     gan = tiny_gan(plugins={"veegan": VEEGAN()}, core={"log": log})
@@ -209,6 +233,7 @@ def test_a_second_encoder_is_refused_and_an_allowed_loss_is_kept_for_d() -> None
     ("options", "message"),
     [
         ({"weight": -1}, "negative"),
+        ({"noise": -1}, "negative"),
         ({"weight": 0, "reconstructor_loss": "reconstruction"}, "positive"),
         ({"distance": "l1"}, "l2|cosine"),
     ],
@@ -237,7 +262,9 @@ def test_packing_and_veegan_give_one_result_in_either_order() -> None:
 
 
 @pytest.mark.parametrize("kind", ["vector", "image"])
-@pytest.mark.parametrize("options", [{}, {"reconstructor_loss": "reconstruction", "distance": "cosine"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"noise": 1.0}, {"reconstructor_loss": "reconstruction", "distance": "cosine"}], ids=str
+)
 def test_trains_and_repeats(kind: str, options: dict[str, Any]) -> None:
     first, second = (run({"veegan": VEEGAN(**options)}, kind=kind, d_steps=2)[1].updates for _ in range(2))
     assert first == second
