@@ -172,33 +172,39 @@ class MLP(nn.Module):
         return out.reshape(len(out), *self.out_shape)
 
 
-class FourierMLP(nn.Module):
-    """An MLP of z and of sin and cos of 2^k pi z, k < octaves, coordinate by coordinate: (B, z_dim) -> (B, *out_shape).
+class FourierFeatures(nn.Module):
+    """A G of z and of sin and cos of the angles z W: (B, z_dim) -> what ``body`` makes of (B, z_dim + 2 n).
 
-    An MLP of a latent of one or two dimensions learns slowly what changes fast along it, such as a path through 25 modes;
-    of its Fourier features it learns it soon (Tancik et al. 2020, arXiv 2006.10739).
+    What changes fast along a latent of few dimensions, such as a path through 25 modes, a network of z itself learns
+    slowly; of Fourier features it learns it soon (Tancik et al. 2020, arXiv 2006.10739). frequencies: W, (z_dim, n), in
+    radians per unit of z; they are not trained.
     """
 
     frequencies: Tensor
 
-    def __init__(self, z_dim: int, out_shape: tuple[int, ...], width: int, depth: int, octaves: int) -> None:
+    def __init__(self, body: nn.Module, frequencies: Tensor) -> None:
         super().__init__()
-        self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(octaves), persistent=False)
-        self.body = MLP(z_dim * (1 + 2 * octaves), out_shape, width, depth, tanh=False)
+        self.register_buffer("frequencies", frequencies)
+        self.body = body
 
     def forward(self, z: Tensor) -> Tensor:
-        """Return (B, *out_shape)."""
-        angles = (z.unsqueeze(2) * self.frequencies).flatten(1)
-        out: Tensor = self.body(z, angles.sin(), angles.cos())
+        """Return the samples of ``body``."""
+        angles = z @ self.frequencies
+        out: Tensor = self.body(torch.cat([z, angles.sin(), angles.cos()], dim=1))
         return out
 
 
 def fourier_generator(
     shape: Sequence[int], z_dim: int, width: int = 128, depth: int = 3, octaves: int = 5
 ) -> nn.Module:
-    """Build a G for latents of few dimensions, see `FourierMLP`: ``--generator gankit.networks:fourier_generator``."""
+    """Build an MLP G of `FourierFeatures`, for latents of few dimensions: ``--generator gankit.networks:fourier_generator``.
+
+    The angles are 2^k pi z, k < octaves, coordinate by coordinate.
+    """
     _positive(z_dim=z_dim, width=width, depth=depth, octaves=octaves)
-    return FourierMLP(z_dim, _checked_shape(shape), width, depth, octaves)
+    frequencies = torch.kron(torch.eye(z_dim), math.pi * 2.0 ** torch.arange(octaves))
+    body = MLP(z_dim * (1 + 2 * octaves), _checked_shape(shape), width, depth, tanh=False)
+    return FourierFeatures(body, frequencies)
 
 
 def spread_discriminator(
@@ -229,6 +235,22 @@ def deep_generator(shape: Sequence[int], z_dim: int, width: int = 32) -> nn.Modu
     channels, side, _ = _square(shape)
     _positive(z_dim=z_dim, width=width)
     return Cropped(_reset(ConvGenerator(z_dim, (channels, _whole(side), _whole(side)), width)), side)
+
+
+def deep_fourier_generator(
+    shape: Sequence[int], z_dim: int, width: int = 32, features: int = 64, scale: float = 2.0
+) -> nn.Module:
+    """Build a `deep_generator` of `FourierFeatures`: ``--generator gankit.networks:deep_fourier_generator``.
+
+    For images of many separate kinds, some of them rare, and a latent of few dimensions (4, say): every kind is then near
+    every other one in z, so that G finds the rare ones sooner. features: how many angles; their frequencies are drawn once
+    from N(0, scale^2), radians per unit of z. The rest as for `deep_generator`.
+    """
+    _positive(z_dim=z_dim, width=width, features=features)
+    if not scale > 0:
+        raise UsageError(f"scale must be above 0, not {scale}")
+    body = deep_generator(shape, z_dim + 2 * features, width)
+    return FourierFeatures(body, scale * torch.randn(z_dim, features))
 
 
 def deep_discriminator(shapes: Sequence[Sequence[int]], width: int = 32) -> nn.Module:

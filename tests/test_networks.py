@@ -12,6 +12,7 @@ from gankit.errors import UsageError
 from gankit.networks import (
     NETWORKS,
     deep_discriminator,
+    deep_fourier_generator,
     deep_generator,
     dense_discriminator,
     discriminator,
@@ -277,6 +278,8 @@ def test_mlp_depth_and_width(depth: int) -> None:
         (lambda: deep_generator((2,), Z), r"square images"),
         (lambda: deep_discriminator([(1, 28, 32)]), r"square images"),
         (lambda: deep_generator((1, 28, 28), Z, width=0), r"width must be 1 or more"),
+        (lambda: deep_fourier_generator((1, 28, 28), Z, features=0), r"features must be 1 or more"),
+        (lambda: deep_fourier_generator((1, 28, 28), Z, scale=0), r"scale must be above 0, not 0"),
         (lambda: spread_discriminator([(2,)], depth=0), r"depth must be 1 or more"),
         (lambda: discriminator([(1, 28, 28)])(data(2, 1, 28, 28), data(2, Z)), r"one input"),
     ],
@@ -291,11 +294,27 @@ def test_fourier_features_are_octaves_of_each_coordinate() -> None:
     z = torch.rand(5, 3) * 2 - 1
     angles = np.pi * z.double().numpy()[:, :, None] * 2.0 ** np.arange(4)
     features = np.concatenate([z, np.sin(angles).reshape(5, -1), np.cos(angles).reshape(5, -1)], axis=1)
-    w0, b0, w1, b1 = (p.detach().double().numpy() for p in network.parameters())
+    w0, b0, w1, b1 = (p.detach().double().numpy() for p in network.parameters())  # the frequencies are no parameters
     expected = np.maximum(features @ w0.T + b0, 0) @ w1.T + b1
     np.testing.assert_allclose(network(z).detach().numpy(), expected, atol=1e-5)
     with pytest.raises(UsageError, match="octaves"):
         fourier_generator((2,), 1, octaves=0)
+
+
+def test_gaussian_fourier_features_go_into_a_deep_generator() -> None:
+    g = build(deep_fourier_generator, (3, 16, 16), 4, features=2000, scale=3.0).double()
+    frequencies = g.state_dict()["frequencies"].numpy()
+    assert frequencies.shape == (4, 2000)
+    assert abs(frequencies.mean()) < 0.15 and frequencies.std() == pytest.approx(3, rel=0.05)
+    z = data(5, 4, dtype=torch.float64)
+    angles = z.numpy() @ frequencies
+    plain = deep_generator((3, 16, 16), 4004, width=4).double()
+    plain.load_state_dict({k.removeprefix("body."): v for k, v in g.state_dict().items() if k.startswith("body.")})
+    inputs = torch.from_numpy(np.concatenate([z, np.sin(angles), np.cos(angles)], axis=1))
+    torch.testing.assert_close(g(z), plain(inputs))
+    other = build(deep_fourier_generator, (3, 16, 16), 4, features=2000, scale=3.0, seed=1)
+    assert not np.allclose(frequencies, other.state_dict()["frequencies"])
+    assert {k for k, _ in g.named_parameters()} == {f"body.{k}" for k, _ in plain.named_parameters()}
 
 
 @pytest.mark.parametrize(("side", "inner"), [(6, 8), (8, 8), (16, 16), (28, 32), (33, 64)])
