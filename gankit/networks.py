@@ -242,9 +242,11 @@ def deep_fourier_generator(
 ) -> nn.Module:
     """Build a `deep_generator` of `FourierFeatures`: ``--generator gankit.networks:deep_fourier_generator``.
 
-    For images of many separate kinds, some of them rare, and a latent of few dimensions (4, say): every kind is then near
-    every other one in z, so that G finds the rare ones sooner. features: how many angles; their frequencies are drawn once
-    from N(0, scale^2), radians per unit of z. The rest as for `deep_generator`.
+    For images of many separate kinds, some of them rare, and a latent of few dimensions (4, say): after as many steps more
+    of the rare ones were clean than of a G of z alone (docs/decisions/0009-the-recipes-of-the-suites.md).
+
+    features: how many angles; their frequencies are drawn once from N(0, scale^2), in radians per unit of z. The rest as
+    for `deep_generator`.
     """
     _positive(z_dim=z_dim, width=width, features=features)
     if not scale > 0:
