@@ -54,19 +54,24 @@ def _normal(module: nn.Module, std: float) -> nn.Module:
 # -- PacGAN on Gaussians -------------------------------------------------------------------------------------------
 
 
+def _normed_layers(features: int, width: int, hidden: int, out: int) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for i in range(hidden):
+        layers += [
+            nn.Linear(features if i == 0 else width, width, bias=False),
+            nn.BatchNorm1d(width, momentum=0.05),
+            nn.ReLU(),
+        ]
+    return [*layers, nn.Linear(width, out)]
+
+
 def pacgan_generator(shape: Sequence[int], z_dim: int, width: int = 400) -> nn.Module:
     """PacGAN's G for rings and grids: four hidden layers of 400 with batch norm and ReLU, without biases but the last.
 
     As in the authors' ``pacgan_task.py``: weights N(0, 0.02), running statistics that move by 0.05 a step.
     """
-    layers: list[nn.Module] = []
-    for i in range(4):
-        layers += [
-            nn.Linear(z_dim if i == 0 else width, width, bias=False),
-            nn.BatchNorm1d(width, momentum=0.05),
-            nn.ReLU(),
-        ]
-    return _normal(nn.Sequential(*layers, nn.Linear(width, math.prod(shape)), nn.Unflatten(1, tuple(shape))), 0.02)
+    layers = _normed_layers(z_dim, width, 4, math.prod(shape))
+    return _normal(nn.Sequential(*layers, nn.Unflatten(1, tuple(shape))), 0.02)
 
 
 def pacgan_discriminator(shapes: Sequence[Sequence[int]], width: int = 200, pieces: int = 5) -> nn.Module:
@@ -74,6 +79,32 @@ def pacgan_discriminator(shapes: Sequence[Sequence[int]], width: int = 200, piec
     features = sum(math.prod(shape) for shape in shapes)
     layers = [Maxout(features if i == 0 else width, width, pieces) for i in range(3)]
     return _normal(Logits(nn.Sequential(*layers, nn.Linear(width, 1))), 0.02)
+
+
+class Noised(nn.Module):
+    """What ``body`` makes of x and as many N(0, 1) numbers beside it, drawn anew in every pass: (B, ...) -> (B, m).
+
+    An encoder that draws its code. The numbers come from PyTorch's global generator, as those of dropout do.
+    """
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, m)."""
+        flat = x.flatten(1)
+        out: Tensor = self.body(torch.cat([flat, torch.randn_like(flat)], 1))
+        return out
+
+
+def ali_encoder(shape: Sequence[int], z_dim: int, width: int = 400) -> nn.Module:
+    """ALI's E in PacGAN's comparison: two hidden layers of 400 as those of `pacgan_generator`, of x and as much noise.
+
+    As in the authors' ``2DRing_ALI/pacgan_task.py``; its ``COVConditional``, a network of x and noise by its sizes, is in
+    no published copy of ALI's code that we found.
+    """
+    return _normal(Noised(nn.Sequential(*_normed_layers(2 * math.prod(shape), width, 2, z_dim))), 0.02)
 
 
 # -- unrolled GAN on the ring --------------------------------------------------------------------------------------

@@ -434,6 +434,21 @@ def test_the_papers_networks_have_their_sizes() -> None:
     assert torch.allclose(layer.weight @ layer.weight.T, 1.4**2 * torch.eye(128), atol=1e-4)
 
 
+def test_an_ali_encoder_draws_its_code_from_x_and_the_global_random_numbers() -> None:
+    e = protocols.ali_encoder((2,), 2)
+    assert count(e) == 4 * 400 + 400**2 + 2 * 800 + 400 * 2 + 2
+    assert e.body[0].weight.std().item() == pytest.approx(0.02, rel=0.1)
+    x = torch.ones(2000, 2)
+    torch.manual_seed(0)
+    first, second = e(x), e(x)
+    assert first.shape == (2000, 2) and not torch.equal(first, second)
+    torch.manual_seed(0)
+    assert torch.equal(e(x), first)
+    torch.manual_seed(0)
+    by_hand = e.body(torch.cat([x, torch.randn(2000, 2)], 1))
+    assert torch.equal(by_hand, first)
+
+
 def test_maxout_is_the_largest_piece() -> None:
     layer = protocols.Maxout(3, 4, 5)
     x = torch.randn(6, 3)
