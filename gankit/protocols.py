@@ -101,7 +101,7 @@ class Noised(nn.Module):
 def ali_encoder(shape: Sequence[int], z_dim: int, width: int = 400) -> nn.Module:
     """ALI's E in PacGAN's comparison: two hidden layers of 400 as those of `pacgan_generator`, of x and as much noise.
 
-    As in the authors' ``2DRing_ALI/pacgan_task.py``; its ``COVConditional``, a network of x and noise by its sizes, is in
+    As in the authors' ``2DGrid_ALI/pacgan_task.py``; its ``COVConditional``, a network of x and noise by its sizes, is in
     no published copy of ALI's code that we found.
     """
     return _normal(Noised(nn.Sequential(*_normed_layers(2 * math.prod(shape), width, 2, z_dim))), 0.02)
