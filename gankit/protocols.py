@@ -163,19 +163,19 @@ def veegan_reconstructor(shape: Sequence[int], z_dim: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), _relu_mlp(math.prod(shape), 128, 128, z_dim))
 
 
-# -- DCGAN with TensorFlow's padding, for stacked MNIST ------------------------------------------------------------
+# -- DCGANs with TensorFlow's padding, for stacked MNIST -----------------------------------------------------------
 
 
 class SameConv(nn.Module):
-    """A 5x5 convolution of stride 2 whose output side is half the input's, rounded up, padded as TensorFlow's "SAME"."""
+    """A convolution of stride 2 whose output side is half the input's, rounded up, padded as TensorFlow's "SAME"."""
 
-    def __init__(self, channels: int, out_channels: int) -> None:
+    def __init__(self, channels: int, out_channels: int, kernel: int = 5) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, out_channels, 5, 2)
+        self.conv = nn.Conv2d(channels, out_channels, kernel, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, s, s) -> (B, C', ceil(s / 2), ceil(s / 2))."""
-        before, after = _same_padding(x.shape[-1])
+        before, after = _same_padding(x.shape[-1], self.conv.kernel_size[0])
         out: Tensor = self.conv(functional.pad(x, (before, after, before, after)))
         return out
 
@@ -183,20 +183,20 @@ class SameConv(nn.Module):
 class SameDeconv(nn.Module):
     """The transpose of :class:`SameConv`, to a given side."""
 
-    def __init__(self, channels: int, out_channels: int, side: int) -> None:
+    def __init__(self, channels: int, out_channels: int, side: int, kernel: int = 5) -> None:
         super().__init__()
         self.side = side
-        self.deconv = nn.ConvTranspose2d(channels, out_channels, 5, 2)
+        self.deconv = nn.ConvTranspose2d(channels, out_channels, kernel, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, ceil(side / 2), ceil(side / 2)) -> (B, C', side, side)."""
-        before, _ = _same_padding(self.side)
+        before, _ = _same_padding(self.side, self.deconv.kernel_size[0])
         out: Tensor = self.deconv(x)[..., before : before + self.side, before : before + self.side]
         return out
 
 
-def _same_padding(side: int) -> tuple[int, int]:
-    total = max((math.ceil(side / 2) - 1) * 2 + 5 - side, 0)
+def _same_padding(side: int, kernel: int) -> tuple[int, int]:
+    total = max((math.ceil(side / 2) - 1) * 2 + kernel - side, 0)
     return total // 2, total - total // 2
 
 
@@ -228,4 +228,38 @@ def dcgan_same_discriminator(shapes: Sequence[Sequence[int]], width: int = 64) -
         layers.append(nn.LeakyReLU(0.2))
         side = math.ceil(side / 2)
     body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[4] * side**2, 1), nn.Flatten(0))
+    return _normal(body, 0.02)
+
+
+def small_dcgan_generator(shape: Sequence[int], z_dim: int) -> nn.Module:
+    """G of the unrolled GAN's stacked-MNIST experiment as PacGAN's authors repeat it: 3x3 kernels, 64 to 8 channels.
+
+    A linear layer to 4 x 4, three transposed convolutions, to 7, 14 and 28 px, batch norm and ReLU after each, and a
+    convolution of stride 1 with tanh. Their code, ``unrolled_GAN_experiment``, takes its layers from another repository's
+    ``ops.py``: the initial weights, N(0, 0.02), are those of that code.
+    """
+    channels, side, _ = shape
+    sides = [math.ceil(side / 8), math.ceil(side / 4), math.ceil(side / 2), side]
+    widths = [64, 32, 16, 8]
+    layers: list[nn.Module] = [
+        nn.Linear(z_dim, widths[0] * sides[0] ** 2),
+        nn.Unflatten(1, (widths[0], sides[0], sides[0])),
+    ]
+    for i in range(3):
+        layers += [nn.BatchNorm2d(widths[i]), nn.ReLU(), SameDeconv(widths[i], widths[i + 1], sides[i + 1], 3)]
+    layers += [nn.BatchNorm2d(widths[3]), nn.ReLU(), nn.Conv2d(widths[3], channels, 3, padding=1), nn.Tanh()]
+    return _normal(nn.Sequential(*layers), 0.02)
+
+
+def small_dcgan_discriminator(shapes: Sequence[Sequence[int]], width: int = 2) -> nn.Module:
+    """D to `small_dcgan_generator`: three convolutions of width, 2 width, 4 width channels with batch norm, leak 0.3.
+
+    The papers' "D is 1/4 the size of G" has width 2, "1/2" width 4.
+    """
+    ((channels, side, _),) = shapes
+    widths = [channels, width, width * 2, width * 4]
+    layers: list[nn.Module] = []
+    for inside, outside in pairwise(widths):
+        layers += [SameConv(inside, outside, 3), nn.BatchNorm2d(outside), nn.LeakyReLU(0.3)]
+    body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[3] * math.ceil(side / 8) ** 2, 1), nn.Flatten(0))
     return _normal(body, 0.02)

@@ -430,6 +430,14 @@ def test_the_papers_networks_have_their_sizes() -> None:
     g, d = protocols.dcgan_same_generator((3, 28, 28), 100), protocols.dcgan_same_discriminator([(6, 28, 28)])
     x = g(torch.randn(3, 100))
     assert x.shape == (3, 3, 28, 28) and d(torch.cat([x, x], 1)).shape == (3,)
+    g, d = protocols.small_dcgan_generator((3, 28, 28), 256), protocols.small_dcgan_discriminator([(3, 28, 28)])
+    convolutions = 9 * (64 * 32 + 32 * 16 + 16 * 8 + 8 * 3) + 32 + 16 + 8 + 3
+    assert count(g) == 257 * 64 * 4 * 4 + convolutions + 2 * (64 + 32 + 16 + 8)
+    assert count(d) == 9 * (3 * 2 + 2 * 4 + 4 * 8) + (2 + 4 + 8) + 2 * (2 + 4 + 8) + 8 * 4 * 4 + 1
+    half = protocols.small_dcgan_discriminator([(6, 28, 28)], width=4)
+    x = g(torch.randn(3, 256))
+    assert x.shape == (3, 3, 28, 28) and half(torch.cat([x, x], 1)).shape == d(x).shape == (3,)
+    assert g[0].weight.std().item() == pytest.approx(0.02, rel=0.02) and not g[0].bias.any()
     layer = protocols.unrolled_discriminator([(2,)]).body[2]
     assert torch.allclose(layer.weight @ layer.weight.T, 1.4**2 * torch.eye(128), atol=1e-4)
 
@@ -456,9 +464,10 @@ def test_maxout_is_the_largest_piece() -> None:
     assert torch.allclose(layer(x), pieces.max(0).values, atol=1e-6)
 
 
+@pytest.mark.parametrize("kernel", [3, 5])
 @pytest.mark.parametrize("side", [28, 14, 7, 4])
-def test_same_deconvolution_is_the_transpose_of_same_convolution(side: int) -> None:
-    conv, deconv = protocols.SameConv(2, 3), protocols.SameDeconv(3, 2, side)
+def test_same_deconvolution_is_the_transpose_of_same_convolution(side: int, kernel: int) -> None:
+    conv, deconv = protocols.SameConv(2, 3, kernel), protocols.SameDeconv(3, 2, side, kernel)
     torch.nn.init.zeros_(conv.conv.bias)
     torch.nn.init.zeros_(deconv.deconv.bias)
     deconv.deconv.weight.data = conv.conv.weight.data
