@@ -178,20 +178,32 @@ class FourierFeatures(nn.Module):
     What changes fast along a latent of few dimensions, such as a path through 25 modes, a network of z itself learns
     slowly; of Fourier features it learns it soon (Tancik et al. 2020, arXiv 2006.10739). frequencies: W, (z_dim, n), in
     radians per unit of z; they are not trained.
+
+    points: (K, z_dim), or None. With them the angles are those of the point that is nearest to z, and G may jump from one
+    cell to the next; the gradient with respect to z is that of the angles of z (straight through).
     """
 
     frequencies: Tensor
+    points: Tensor | None
 
-    def __init__(self, body: nn.Module, frequencies: Tensor) -> None:
+    def __init__(self, body: nn.Module, frequencies: Tensor, points: Tensor | None = None) -> None:
         super().__init__()
         self.register_buffer("frequencies", frequencies)
+        self.register_buffer("points", points)
         self.body = body
 
     def forward(self, z: Tensor) -> Tensor:
         """Return the samples of ``body``."""
-        angles = z @ self.frequencies
+        angles = self._place(z) @ self.frequencies
         out: Tensor = self.body(torch.cat([z, angles.sin(), angles.cos()], dim=1))
         return out
+
+    def _place(self, z: Tensor) -> Tensor:
+        if self.points is None:
+            return z
+        # by differences: the faster way by a product picks another cell in another batch where two are nearly as near
+        distances = torch.cdist(z.detach(), self.points, compute_mode="donot_use_mm_for_euclid_dist")
+        return self.points[distances.argmin(dim=1)] + (z - z.detach())
 
 
 def fourier_generator(
@@ -237,22 +249,26 @@ def deep_generator(shape: Sequence[int], z_dim: int, width: int = 32) -> nn.Modu
     return Cropped(_reset(ConvGenerator(z_dim, (channels, _whole(side), _whole(side)), width)), side)
 
 
-def deep_fourier_generator(
-    shape: Sequence[int], z_dim: int, width: int = 32, features: int = 64, scale: float = 2.0
+def disconnected_generator(
+    shape: Sequence[int], z_dim: int, width: int = 32, features: int = 64, scale: float = 2.0, cells: int = 4096
 ) -> nn.Module:
-    """Build a `deep_generator` of `FourierFeatures`: ``--generator gankit.networks:deep_fourier_generator``.
+    """Build a `deep_generator` that may jump: ``--generator gankit.networks:disconnected_generator``.
 
-    For images of many separate kinds, some of them rare, and a latent of few dimensions (4, say): after as many steps more
-    of the rare ones were clean than of a G of z alone (docs/decisions/0009-the-recipes-of-the-suites.md).
+    For images of many separate kinds, some of them rare, and a latent of few dimensions (``--z-dim 4``). What a continuous G
+    makes of a connected latent is connected, so that between two kinds it makes what is neither (Tanielian et al. 2020,
+    Learning disconnected manifolds, arXiv 2006.04596). This G sees the `FourierFeatures` of the nearest of ``cells`` points,
+    drawn once from N(0, I), so that it can change from one kind to the other between two cells; z itself it sees, too,
+    for what varies within a kind.
 
-    features: how many angles; their frequencies are drawn once from N(0, scale^2), in radians per unit of z. The rest as
-    for `deep_generator`.
+    features: how many angles; their frequencies are drawn once from N(0, scale^2), in radians per unit of z. cells: of
+    fewer, samples are cleaner and what is rare is found later (docs/decisions/0009-the-recipes-of-the-suites.md). The rest
+    as for `deep_generator`.
     """
-    _positive(z_dim=z_dim, width=width, features=features)
+    _positive(z_dim=z_dim, width=width, features=features, cells=cells)
     if not scale > 0:
         raise UsageError(f"scale must be above 0, not {scale}")
     body = deep_generator(shape, z_dim + 2 * features, width)
-    return FourierFeatures(body, scale * torch.randn(z_dim, features))
+    return FourierFeatures(body, scale * torch.randn(z_dim, features), torch.randn(cells, z_dim))
 
 
 def deep_discriminator(shapes: Sequence[Sequence[int]], width: int = 32) -> nn.Module:
@@ -268,7 +284,8 @@ def dense_discriminator(shapes: Sequence[Sequence[int]], width: int = 32) -> nn.
 
     A DCGAN D adds up what it finds at each place, so that for parts of the image farther apart than a last feature reaches
     (10 px after two convolutions, 22 after three) D(both) - D(one) - D(other) + D(neither) is exactly 0: it cannot learn
-    which of them come together. Here a hidden layer of 4 * width units looks at all places at once.
+    which of them come together. Here two hidden layers of 8 * width units look at all places at once; of a single
+    smaller one no unit may have its bend where the data are, and then D is additive once more.
     """
     return _deep(shapes, width, dense=True)
 
@@ -278,7 +295,8 @@ def _deep(shapes: Sequence[Sequence[int]], width: int, *, dense: bool) -> nn.Mod
     channels, side, _ = _square(first)
     _positive(width=width)
     trunk = Padded(ConvTrunk((channels, _whole(side), _whole(side)), width, "none"), side)
-    return _reset(Scorer(trunk, sum(math.prod(shape) for shape in further), 4 * width, dense=dense))
+    joint = sum(math.prod(shape) for shape in further)
+    return _reset(Scorer(trunk, joint, (8 if dense else 4) * width, dense=dense))
 
 
 class ConvGenerator(nn.Module):
@@ -459,8 +477,13 @@ class Scorer(nn.Module):
         super().__init__()
         self.trunk = trunk
         self.joins = joint > 0
-        # one hidden layer, or D would be f(x) + w.z and could not see which z belongs to which x
-        self.joint = nn.Linear(trunk.features + joint, hidden) if joint or dense else None
+        features = trunk.features + joint
+        self.joint: nn.Module | None = None
+        if dense:
+            self.joint = nn.Sequential(nn.Linear(features, hidden), nn.LeakyReLU(SLOPE), nn.Linear(hidden, hidden))
+        elif joint:
+            # one hidden layer, or D would be f(x) + w.z and could not see which z belongs to which x
+            self.joint = nn.Linear(features, hidden)
         self.activation = nn.LeakyReLU(SLOPE)
         self.out = nn.Linear(hidden if self.joint else trunk.features, 1)
 

@@ -6,15 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.spatial import cKDTree
 from torch import Tensor, nn
 
 from gankit.errors import UsageError
 from gankit.networks import (
     NETWORKS,
     deep_discriminator,
-    deep_fourier_generator,
     deep_generator,
     dense_discriminator,
+    disconnected_generator,
     discriminator,
     encoder,
     fourier_generator,
@@ -278,8 +279,10 @@ def test_mlp_depth_and_width(depth: int) -> None:
         (lambda: deep_generator((2,), Z), r"square images"),
         (lambda: deep_discriminator([(1, 28, 32)]), r"square images"),
         (lambda: deep_generator((1, 28, 28), Z, width=0), r"width must be 1 or more"),
-        (lambda: deep_fourier_generator((1, 28, 28), Z, features=0), r"features must be 1 or more"),
-        (lambda: deep_fourier_generator((1, 28, 28), Z, scale=0), r"scale must be above 0, not 0"),
+        (lambda: disconnected_generator((1, 28, 28), Z, features=0), r"features must be 1 or more"),
+        (lambda: disconnected_generator((1, 28, 28), Z, scale=0), r"scale must be above 0, not 0"),
+        (lambda: disconnected_generator((1, 28, 28), Z, cells=0), r"cells must be 1 or more"),
+        (lambda: disconnected_generator((2,), Z), r"square images"),
         (lambda: spread_discriminator([(2,)], depth=0), r"depth must be 1 or more"),
         (lambda: discriminator([(1, 28, 28)])(data(2, 1, 28, 28), data(2, Z)), r"one input"),
     ],
@@ -301,20 +304,46 @@ def test_fourier_features_are_octaves_of_each_coordinate() -> None:
         fourier_generator((2,), 1, octaves=0)
 
 
-def test_gaussian_fourier_features_go_into_a_deep_generator() -> None:
-    g = build(deep_fourier_generator, (3, 16, 16), 4, features=2000, scale=3.0).double()
-    frequencies = g.state_dict()["frequencies"].numpy()
-    assert frequencies.shape == (4, 2000)
+def test_a_disconnected_generator_is_a_deep_one_of_the_features_of_the_nearest_point() -> None:
+    g = build(disconnected_generator, (3, 16, 16), 4, features=2000, scale=3.0, cells=500).double()
+    state = g.state_dict()
+    frequencies, points = state["frequencies"].numpy(), state["points"].numpy()
+    assert frequencies.shape == (4, 2000) and points.shape == (500, 4)
     assert abs(frequencies.mean()) < 0.15 and frequencies.std() == pytest.approx(3, rel=0.05)
-    z = data(5, 4, dtype=torch.float64)
-    angles = z.numpy() @ frequencies
+    assert abs(points.mean()) < 0.1 and points.std() == pytest.approx(1, rel=0.1)
+    z = data(50, 4, seed=1, dtype=torch.float64)
+    nearest = points[cKDTree(points).query(z.numpy())[1]]
+    angles = nearest @ frequencies
     plain = deep_generator((3, 16, 16), 4004, width=4).double()
-    plain.load_state_dict({k.removeprefix("body."): v for k, v in g.state_dict().items() if k.startswith("body.")})
+    plain.load_state_dict({k.removeprefix("body."): v for k, v in state.items() if k.startswith("body.")})
     inputs = torch.from_numpy(np.concatenate([z, np.sin(angles), np.cos(angles)], axis=1))
     torch.testing.assert_close(g(z), plain(inputs))
-    other = build(deep_fourier_generator, (3, 16, 16), 4, features=2000, scale=3.0, seed=1)
-    assert not np.allclose(frequencies, other.state_dict()["frequencies"])
+    other = build(disconnected_generator, (3, 16, 16), 4, features=2000, scale=3.0, cells=500, seed=1).state_dict()
+    assert not np.allclose(frequencies, other["frequencies"]) and not np.allclose(points, other["points"])
     assert {k for k, _ in g.named_parameters()} == {f"body.{k}" for k, _ in plain.named_parameters()}
+
+
+def test_the_gradient_of_a_disconnected_generator_goes_straight_through_the_cells() -> None:
+    g = build(disconnected_generator, (3, 16, 16), 4, features=20, cells=500).double()
+    frequencies, points = g.state_dict()["frequencies"].numpy(), g.state_dict()["points"].numpy()
+    g.body = nn.Identity()  # what it is given comes out: z, sines, cosines
+    z = data(50, 4, seed=1, dtype=torch.float64)
+    angles = points[cKDTree(points).query(z.numpy())[1]] @ frequencies
+    jacobian = torch.autograd.functional.jacobian(lambda z: g(z).sum(0), z).numpy()  # (4 + 40, 50, 4)
+    np.testing.assert_allclose(jacobian[4:24], np.einsum("bf,df->fbd", np.cos(angles), frequencies))
+    np.testing.assert_allclose(jacobian[24:], np.einsum("bf,df->fbd", -np.sin(angles), frequencies))
+
+
+def test_a_disconnected_generator_jumps_from_cell_to_cell_and_nowhere_else() -> None:
+    g = build(disconnected_generator, (3, 16, 16), 2, width=8, cells=3).double().eval()
+    points = g.state_dict()["points"]
+    share = torch.linspace(0.3, 0.7, 41, dtype=torch.float64).unsqueeze(1)
+    path = (1 - share) * points[0] + share * points[1]
+    cells = cKDTree(points.numpy()).query(path.numpy())[1]
+    change = g(path).diff(dim=0).square().mean(dim=(1, 2, 3)).sqrt()
+    jumps = torch.from_numpy(np.diff(cells) != 0)
+    assert 1 <= jumps.sum() <= 2
+    assert change[jumps].min() > 20 * change[~jumps].max()
 
 
 @pytest.mark.parametrize(("side", "inner"), [(6, 8), (8, 8), (16, 16), (28, 32), (33, 64)])
@@ -362,9 +391,12 @@ def test_a_dcgan_d_adds_up_distant_parts_and_a_dense_one_sees_them_together(side
 def test_a_dense_d_of_one_input_refuses_a_second_and_joins_it_where_it_was_built_for_it() -> None:
     with pytest.raises(UsageError, match="one input"):
         dense_discriminator([(1, 28, 28)])(data(2, 1, 28, 28), data(2, Z))
-    dense, deep = (f([(1, 28, 28), (Z,)], width=4) for f in (dense_discriminator, deep_discriminator))
-    assert [w.shape for w in dense.parameters()] == [w.shape for w in deep.parameters()]
-    assert dense(data(2, 1, 28, 28), data(2, Z)).shape == (2,)
+    dense = dense_discriminator([(1, 28, 28), (Z,)], width=4)
+    sizes = [tuple(w.shape) for w in dense.parameters() if w.dim() == 2]
+    assert sizes == [(32, 16 * 4 * 4 + Z), (32, 32), (1, 32)]
+    x, z = data(2, 1, 28, 28), data(2, Z)
+    assert dense(x, z).shape == (2,)
+    assert dense(x, z + 1).ne(dense(x, z)).all()
 
 
 def test_deep_networks_start_with_pytorchs_weights() -> None:
