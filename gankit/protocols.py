@@ -200,55 +200,56 @@ def _same_padding(side: int, kernel: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
+def _same_deconvs(z_dim: int, widths: Sequence[int], side: int, kernel: int) -> list[nn.Module]:
+    """A linear layer, then batch norm, ReLU and a transposed convolution from each width to the next, up to ``side``."""
+    sides = [side]
+    for _ in widths[1:]:
+        sides.insert(0, math.ceil(sides[0] / 2))
+    layers: list[nn.Module] = [
+        nn.Linear(z_dim, widths[0] * sides[0] ** 2),
+        nn.Unflatten(1, (widths[0], sides[0], sides[0])),
+    ]
+    for (inside, outside), reached in zip(pairwise(widths), sides[1:], strict=True):
+        layers += [nn.BatchNorm2d(inside), nn.ReLU(), SameDeconv(inside, outside, reached, kernel)]
+    return layers
+
+
+def _same_convs(widths: Sequence[int], side: int, kernel: int, leak: float, *, plain: int) -> nn.Module:
+    """Convolutions from each width to the next, with batch norm in all but the first ``plain``, and a linear layer."""
+    layers: list[nn.Module] = []
+    for i, (inside, outside) in enumerate(pairwise(widths)):
+        layers.append(SameConv(inside, outside, kernel))
+        if i >= plain:
+            layers.append(nn.BatchNorm2d(outside))
+        layers.append(nn.LeakyReLU(leak))
+        side = math.ceil(side / 2)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * side**2, 1), nn.Flatten(0))
+
+
 def dcgan_same_generator(shape: Sequence[int], z_dim: int, width: int = 64) -> nn.Module:
     """G of PacGAN's stacked-MNIST experiment: the DCGAN of its TensorFlow code, 5x5 kernels, sides halved and rounded up."""
     channels, side, _ = shape
-    sides = [side]
-    for _ in range(4):
-        sides.append(math.ceil(sides[-1] / 2))
-    widths = [width * 8, width * 4, width * 2, width, channels]
-    layers: list[nn.Module] = [
-        nn.Linear(z_dim, widths[0] * sides[4] ** 2),
-        nn.Unflatten(1, (widths[0], sides[4], sides[4])),
-    ]
-    for i in range(4):
-        layers += [nn.BatchNorm2d(widths[i]), nn.ReLU(), SameDeconv(widths[i], widths[i + 1], sides[3 - i])]
+    layers = _same_deconvs(z_dim, [width * 8, width * 4, width * 2, width, channels], side, 5)
     return _normal(nn.Sequential(*layers, nn.Tanh()), 0.02)
 
 
 def dcgan_same_discriminator(shapes: Sequence[Sequence[int]], width: int = 64) -> nn.Module:
     """D of PacGAN's stacked-MNIST experiment: four convolutions with batch norm from the second on."""
     ((channels, side, _),) = shapes
-    widths = [channels, width, width * 2, width * 4, width * 8]
-    layers: list[nn.Module] = []
-    for i in range(4):
-        layers.append(SameConv(widths[i], widths[i + 1]))
-        if i:
-            layers.append(nn.BatchNorm2d(widths[i + 1]))
-        layers.append(nn.LeakyReLU(0.2))
-        side = math.ceil(side / 2)
-    body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[4] * side**2, 1), nn.Flatten(0))
-    return _normal(body, 0.02)
+    return _normal(_same_convs([channels, width, width * 2, width * 4, width * 8], side, 5, 0.2, plain=1), 0.02)
 
 
 def small_dcgan_generator(shape: Sequence[int], z_dim: int) -> nn.Module:
     """G of the unrolled GAN's stacked-MNIST experiment as PacGAN's authors repeat it: 3x3 kernels, 64 to 8 channels.
 
     A linear layer to 4 x 4, three transposed convolutions, to 7, 14 and 28 px, batch norm and ReLU after each, and a
-    convolution of stride 1 with tanh. Their code, ``unrolled_GAN_experiment``, takes its layers from another repository's
-    ``ops.py``: the initial weights, N(0, 0.02), are those of that code.
+    convolution of stride 1 with tanh. Their code, ``unrolled_GAN_experiment``, takes its layers from the ``ops.py`` of
+    carpedm20/DCGAN-tensorflow: weights N(0, 0.02), in convolutions cut off at two deviations, which ours are not.
     """
     channels, side, _ = shape
-    sides = [math.ceil(side / 8), math.ceil(side / 4), math.ceil(side / 2), side]
-    widths = [64, 32, 16, 8]
-    layers: list[nn.Module] = [
-        nn.Linear(z_dim, widths[0] * sides[0] ** 2),
-        nn.Unflatten(1, (widths[0], sides[0], sides[0])),
-    ]
-    for i in range(3):
-        layers += [nn.BatchNorm2d(widths[i]), nn.ReLU(), SameDeconv(widths[i], widths[i + 1], sides[i + 1], 3)]
-    layers += [nn.BatchNorm2d(widths[3]), nn.ReLU(), nn.Conv2d(widths[3], channels, 3, padding=1), nn.Tanh()]
-    return _normal(nn.Sequential(*layers), 0.02)
+    layers = _same_deconvs(z_dim, [64, 32, 16, 8], side, 3)
+    last = [nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, channels, 3, padding=1), nn.Tanh()]
+    return _normal(nn.Sequential(*layers, *last), 0.02)
 
 
 def small_dcgan_discriminator(shapes: Sequence[Sequence[int]], width: int = 2) -> nn.Module:
@@ -257,9 +258,4 @@ def small_dcgan_discriminator(shapes: Sequence[Sequence[int]], width: int = 2) -
     The papers' "D is 1/4 the size of G" has width 2, "1/2" width 4.
     """
     ((channels, side, _),) = shapes
-    widths = [channels, width, width * 2, width * 4]
-    layers: list[nn.Module] = []
-    for inside, outside in pairwise(widths):
-        layers += [SameConv(inside, outside, 3), nn.BatchNorm2d(outside), nn.LeakyReLU(0.3)]
-    body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[3] * math.ceil(side / 8) ** 2, 1), nn.Flatten(0))
-    return _normal(body, 0.02)
+    return _normal(_same_convs([channels, width, width * 2, width * 4], side, 3, 0.3, plain=0), 0.02)
