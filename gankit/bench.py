@@ -51,7 +51,7 @@ class Suite:
     """What a benchmark runs and what it is compared with.
 
     data, methods: settings of a run by name, as in a run's TOML file, options under "options"; plugins of all layers add up.
-    seeds: how many, from 0.
+    seeds: how many, from ``first_seed`` on.
     steps: lengths of training, or () for what the settings say. baseline: the method the others are tested against, on the
     same seeds. target: least values of metrics (``modes``, ``high_quality``) whose first meeting is timed. published: rows
     of papers, each with ``data``, ``method``, ``source`` and metrics.
@@ -69,11 +69,13 @@ class Suite:
     target: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     published: list[dict[str, Any]] = field(default_factory=list)
+    first_seed: int = 0
 
     def cells(self) -> list[Cell]:
         """All runs, seed by seed, so that an interrupted suite has every method on the seeds it has."""
         lengths = self.steps or (None,)
-        return [Cell(d, m, n, s) for s in range(self.seeds) for d in self.data for n in lengths for m in self.methods]
+        seeds = range(self.first_seed, self.first_seed + self.seeds)
+        return [Cell(d, m, n, s) for s in seeds for d in self.data for n in lengths for m in self.methods]
 
     def target_of(self, data: str) -> dict[str, float]:
         """The target on one data set: the suite's, with what the data set says itself."""
@@ -133,24 +135,27 @@ def read(name: str) -> Suite:
     suite = Suite(name=path.stem, **{"title": path.stem, **content})
     if suite.baseline and suite.baseline not in suite.methods:
         raise UsageError(f"{path}: the baseline {suite.baseline!r} is none of its methods, {', '.join(suite.methods)}")
-    if not isinstance(suite.seeds, int) or suite.seeds < 1:
-        raise UsageError(f"{path}: seeds must be a whole number from 1 on, not {suite.seeds!r}")
+    for key, least in (("seeds", 1), ("first_seed", 0)):
+        value = getattr(suite, key)
+        if not isinstance(value, int) or value < least:
+            raise UsageError(f"{path}: {key} must be a whole number from {least} on, not {value!r}")
     for cell in suite.cells()[: len(suite.data) * len(suite.methods) * max(len(suite.steps), 1)]:
         suite.config(cell)
     return suite
 
 
 def narrowed(
-    suite: Suite, *, seeds: int | None, methods: Sequence[str], data: Sequence[str], steps: int | None
+    suite: Suite, *, seeds: range | None, methods: Sequence[str], data: Sequence[str], steps: int | None
 ) -> Suite:
-    """The suite with fewer (or more) seeds, some of its methods and data sets, or another length of training."""
+    """The suite with other seeds, some of its methods and data sets, or another length of training."""
     for wanted, known in ((methods, suite.methods), (data, suite.data)):
         for name in wanted:
             if name not in known:
                 raise UsageError(f"suite {suite.name} has no {name!r}{closest(name, known)}; it has {', '.join(known)}")
     return replace(
         suite,
-        seeds=seeds or suite.seeds,
+        seeds=len(seeds) if seeds else suite.seeds,
+        first_seed=seeds.start if seeds else suite.first_seed,
         methods={name: m for name, m in suite.methods.items() if not methods or name in methods},
         data={name: d for name, d in suite.data.items() if not data or name in data},
         steps=(steps,) if steps else suite.steps,

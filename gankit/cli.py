@@ -478,7 +478,7 @@ def explain(**given: Any) -> None:
 
 @main.command()
 @click.argument("suite", nargs=-1)
-@click.option("--seeds", type=click.IntRange(1), help="how many seeds, from 0  [the suite's]")
+@click.option("--seeds", metavar="N|FROM-TO", help="how many seeds, or from which to which  [the suite's]")
 @click.option("--steps", type=click.IntRange(1), help="another length of training; the tables say so  [the suite's]")
 @click.option("--method", "methods", multiple=True, metavar="NAME", help="only this method; repeatable")
 @click.option("--data", "data", multiple=True, metavar="NAME", help="only this data set; repeatable")
@@ -490,7 +490,7 @@ def explain(**given: Any) -> None:
 @json_flag
 def bench(
     suite: tuple[str, ...],
-    seeds: int | None,
+    seeds: str | None,
     steps: int | None,
     methods: tuple[str, ...],
     data: tuple[str, ...],
@@ -506,6 +506,7 @@ def bench(
     \b
     gankit bench quick                      all toy sets, about six minutes on two cores
     gankit bench ring --method r1 --seeds 3
+    gankit bench ring --seeds 5-9           the second half, here or on another machine
     gankit bench mine.toml --engine ray     data sets x methods x seeds of your own, on a cluster
 
     Every run is an ordinary one below OUT/SUITE/runs. The same command continues what was interrupted; a run that
@@ -518,8 +519,9 @@ def bench(
         return
     if jobs != "auto" and not (jobs.isdigit() and int(jobs)):
         raise UsageError(f"--jobs takes a whole number from 1 on, or auto, not {jobs!r}")
+    wanted = None if seeds is None else _seeds(seeds)
     chosen = [
-        benching.narrowed(benching.read(name), seeds=seeds, methods=methods, data=data, steps=steps) for name in suite
+        benching.narrowed(benching.read(name), seeds=wanted, methods=methods, data=data, steps=steps) for name in suite
     ]
     if dry_run:
         for one in chosen:
@@ -545,6 +547,17 @@ def bench(
         show_bench(console, one, rows, folder)
     if as_json:
         click.echo(to_json(found), nl=False)
+
+
+def _seeds(text: str) -> range:
+    """The seeds that --seeds names: "3" are 0, 1 and 2, and "5-9" all from 5 to 9."""
+    first, dash, last = text.rpartition("-")
+    seeds = range(0)
+    with suppress(ValueError):
+        seeds = range(int(first), int(last) + 1) if dash else range(int(last))
+    if not seeds:
+        raise UsageError(f"--seeds takes how many, such as 3, or from which to which, such as 5-9, not {text!r}")
+    return seeds
 
 
 def _list_suites(as_json: bool) -> None:

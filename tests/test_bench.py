@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,12 @@ from rich.console import Console
 
 from gankit import UsageError, bench, protocols, results
 from gankit.cli import main
+from gankit.files import write_atomic
 from gankit.losses import make
 from gankit.plugins import create
 from gankit.provenance import metric_of
 from gankit.results import Row
+from gankit.rundir import to_json
 from gankit.terminal import Terminal
 
 ROOT = Path(__file__).parents[1]
@@ -129,6 +132,7 @@ def test_settings_go_from_all_to_one() -> None:
         (('protocol = "of a test"', ""), "needs 'protocol'"),
         (('baseline = "none"', 'baseline = "nothing"'), "none of its methods"),
         (("seeds = 2", "seeds = 0"), "from 1 on"),
+        (("seeds = 2", "seeds = 2\nfirst_seed = -1"), "first_seed must be a whole number from 0 on"),
         (("width = 8", "widht = 8"), "did you mean 'width'"),
         (("[methods.none]", "methods = 3\n[x]"), "valid TOML|is a table|has no 'x'"),
     ],
@@ -146,8 +150,15 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
     suite = bench.read(str(suite_file(tmp_path)))
     with pytest.raises(UsageError, match="has no 'r2'; it has none, r1, broken"):
         bench.narrowed(suite, seeds=None, methods=["r2"], data=[], steps=None)
-    only = bench.narrowed(suite, seeds=5, methods=["r1"], data=[], steps=7)
+    only = bench.narrowed(suite, seeds=range(5), methods=["r1"], data=[], steps=7)
     assert (only.baseline, only.seeds, only.steps, [*only.methods]) == (None, 5, (7,), ["r1"])
+
+
+@pytest.mark.parametrize(("text", "seeds"), [("1", [0]), ("3", [0, 1, 2]), ("5-9", [5, 6, 7, 8, 9]), ("2-2", [2])])
+def test_seeds_are_a_number_or_a_range(text: str, seeds: list[int], tmp_path: Path) -> None:
+    arguments = ["bench", str(suite_file(tmp_path)), "--method", "r1", "--seeds", text, "--dry-run"]
+    listed = CliRunner().invoke(main, arguments).output.split()
+    assert [name for name in listed if name.startswith("ring-")] == [f"ring-r1-s{seed}" for seed in seeds]
 
 
 def test_every_cell_is_a_run_and_a_failed_one_a_row(finished: tuple[bench.Suite, Path]) -> None:
@@ -188,7 +199,7 @@ def test_a_finished_suite_trains_nothing_again(finished: tuple[bench.Suite, Path
 
 def test_retry_trains_what_failed(finished: tuple[bench.Suite, Path], tmp_path: Path) -> None:
     suite, _ = finished
-    suite = bench.narrowed(suite, seeds=1, methods=["none"], data=[], steps=5)
+    suite = bench.narrowed(suite, seeds=range(1), methods=["none"], data=[], steps=5)
     folder = tmp_path / "runs" / "ring-none-5-s0"
     folder.mkdir(parents=True)
     (folder / bench.FAILED).write_text('{"exit_code": null, "reason": "the machine went away"}\n')
@@ -212,7 +223,7 @@ def test_a_stopped_suite_continues_to_the_same_numbers(tmp_path: Path) -> None:
     assert process.stderr is not None and "the same command continues" in process.stderr.read()
     assert bench.state_of(steps.parent) == "begun" and list(steps.glob("step-*"))
     assert CliRunner().invoke(main, command[3:], catch_exceptions=False).exit_code == 0
-    suite = bench.narrowed(bench.read(str(path)), seeds=1, methods=["r1"], data=[], steps=None)
+    suite = bench.narrowed(bench.read(str(path)), seeds=range(1), methods=["r1"], data=[], steps=None)
     bench.execute(suite, tmp_path / "b")
     assert numbers(results.collect(suite, tmp_path / "a" / "two")) == numbers(results.collect(suite, tmp_path / "b"))
 
@@ -220,7 +231,7 @@ def test_a_stopped_suite_continues_to_the_same_numbers(tmp_path: Path) -> None:
 def test_ray_gives_the_same_table(finished: tuple[bench.Suite, Path], tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed; it is in requirements-dev.txt")
     suite, out = finished
-    suite = bench.narrowed(suite, seeds=1, methods=[], data=[], steps=None)
+    suite = bench.narrowed(suite, seeds=range(1), methods=[], data=[], steps=None)
     bench.execute(suite, tmp_path, engine="ray", jobs=2)
     rows = results.collect(suite, tmp_path)
     assert numbers(rows) == numbers(results.collect(suite, out)) and len(rows) == 3
@@ -402,6 +413,7 @@ def test_the_command_line(finished: tuple[bench.Suite, Path], tmp_path: Path) ->
     assert json.loads(as_json.stdout)[0]["suite"]["name"] == "two"
     for arguments, said in (
         ([path, "--jobs", "0"], "whole number"),
+        *(([path, "--seeds", text], "or from which to which") for text in ("0", "some", "9-5", "-3", "1-2-3", "")),
         (["nothing"], "no suite"),
         (["x.toml"], "cannot read"),
     ):
@@ -486,6 +498,33 @@ def test_the_page_of_results_is_made_from_its_files() -> None:
     assert (ROOT / "docs" / "results.md").read_text() == made["page"](), "run: python docs/results/make.py"
 
 
+def test_rows_are_added_to_published_ones(tmp_path: Path) -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "results" / "make.py"))
+    whole = ROOT / "docs" / "results" / "ring.json"
+    suite, rows = results.load(whole)
+    parts = [[row for row in rows if (row.seed < 7 and row.method == "none") == first] for first in (True, False)]
+    for i, part in enumerate(parts):
+        methods = sorted({row.method for row in part})
+        seeds = range(min(row.seed for row in part), 1 + max(row.seed for row in part))
+        some = bench.narrowed(suite, seeds=seeds, methods=methods, data=[], steps=None)
+        write_atomic(tmp_path / f"part{i}.json", to_json(results.plain(some, part)))
+        made["add"](tmp_path / f"part{i}.json", tmp_path)
+    assert (tmp_path / "ring.json").read_text() == whole.read_text()
+
+    changed = [replace(row, reason="again") for row in rows if row.seed == 3 and row.method == "r3gan"]
+    one = bench.narrowed(suite, seeds=range(3, 4), methods=["r3gan"], data=[], steps=None)
+    write_atomic(tmp_path / "one.json", to_json(results.plain(one, changed)))
+    _, merged = made["merged"](whole, tmp_path / "one.json")
+    assert len(merged) == len(rows)
+    assert [(row.seed, row.method) for row in merged if row.reason == "again"] == [(3, "r3gan")]
+
+    other = replace(one, settings={**one.settings, "lr_g": 1e-3})
+    for wrong in (other, replace(one, steps=(7,))):
+        write_atomic(tmp_path / "wrong.json", to_json(results.plain(wrong, changed)))
+        with pytest.raises(UsageError, match=r"wrong\.json is not of the suite ring as it is now"):
+            made["merged"](whole, tmp_path / "wrong.json")
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "docs" / "results").glob("*.json")), ids=lambda p: p.stem)
 def test_a_published_result_is_of_the_shipped_suite(path: Path) -> None:
     suite, rows = results.load(path)
@@ -504,7 +543,7 @@ def test_a_published_result_is_of_the_shipped_suite(path: Path) -> None:
 
 def test_provenance_is_what_the_run_resolved(finished: tuple[bench.Suite, Path], tmp_path: Path) -> None:
     suite, out = finished
-    suite = bench.narrowed(suite, seeds=1, methods=["none"], data=[], steps=None)
+    suite = bench.narrowed(suite, seeds=range(1), methods=["none"], data=[], steps=None)
     run = tmp_path / "runs" / "ring-none-s0"
     shutil.copytree(out / "runs" / "ring-none-s0", run, symlinks=True)
     (row,) = results.collect(suite, tmp_path)

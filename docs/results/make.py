@@ -1,11 +1,15 @@
-"""Writes docs/results.md from the result files beside this script.
+"""Writes docs/results.md from the result files beside this script; with arguments, adds the rows of these files first.
 
-gankit bench ring && cp benches/ring/results.json docs/results/ring.json && python docs/results/make.py
+gankit bench ring && python docs/results/make.py benches/ring/results.json
 """
 
+import sys
 from pathlib import Path
 
-from gankit import results
+from gankit import bench, results
+from gankit.errors import UsageError
+from gankit.files import write_atomic
+from gankit.rundir import to_json
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "results.md"
@@ -28,5 +32,35 @@ def page() -> str:
     return "\n".join(parts)
 
 
+def merged(*paths: Path) -> tuple[bench.Suite, list[results.Row]]:
+    """Suite and rows of several files of one suite; of a run that is in more than one, the last counts.
+
+    UsageError for results of another suite than the shipped one: other settings, or a length that it does not train for.
+    """
+    found = [results.load(path) for path in paths]
+    shipped = bench.read(found[0][0].name)
+    rows: dict[bench.Cell, results.Row] = {}
+    for path, (suite, some) in zip(paths, found, strict=True):
+        for cell in suite.cells():
+            if suite.name != shipped.name or suite.steps != shipped.steps or suite.config(cell) != shipped.config(cell):
+                raise UsageError(f"{path} is not of the suite {shipped.name} as it is now: see {cell.name}")
+        rows |= {bench.Cell(row.data, row.method, row.steps, row.seed): row for row in some}
+    methods = [name for name in shipped.methods if any(row.method == name for row in rows.values())]
+    data = [name for name in shipped.data if any(row.data == name for row in rows.values())]
+    seeds = range(1 + max(row.seed for row in rows.values()))
+    suite = bench.narrowed(shipped, seeds=seeds, methods=methods, data=data, steps=None)
+    order = [(cell.seed, cell.data, cell.method) for cell in suite.cells()]
+    return suite, sorted(rows.values(), key=lambda row: (order.index((row.seed, row.data, row.method)), row.steps))
+
+
+def add(path: Path, folder: Path = HERE) -> None:
+    """Add the rows of a ``results.json`` to the file of its suite in ``folder``."""
+    known = folder / f"{results.load(path)[0].name}.json"
+    suite, rows = merged(*([known] if known.exists() else []), path)
+    write_atomic(known, to_json(results.plain(suite, rows)))
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    for argument in sys.argv[1:]:
+        add(Path(argument))
+    write_atomic(PAGE, page())
