@@ -31,7 +31,8 @@ SECTIONS = {
     "method": ("plugin", "allow", "loss"),
     "networks": ("network", "generator", "discriminator", "width", "depth", "z_dim", "z", "ema"),
     "training": (
-        "steps", "batch", "lr_g", "lr_d", "beta1", "beta2", "d_steps", "decay_from", "decay_to", "seed", "device", "threads",
+        "steps", "batch", "lr_g", "lr_d", "beta1", "beta2", "d_steps", "simultaneous", "decay_from", "decay_to", "seed",
+        "device", "threads",
     ),
     "record": ("out", "name", "log_every", "eval_every", "save_every", "eval_samples", "keep"),
 }  # fmt: skip
@@ -125,6 +126,8 @@ def _flag(option: Option) -> Callable[[Any], Any]:
     metavar = type_name(option.annotation).removesuffix(" or none").replace("_", "-")
     by_kind = [f"{kind} {recipe[option.name]}" for kind, recipe in RECIPES.items() if option.name in recipe]
     default = ", ".join(by_kind) or option.default
+    if option.annotation is bool:
+        return click.option(*names, is_flag=True, default=None, help=option.help)
     return click.option(
         *names,
         metavar="NAME" if option.name in ("plugin", "allow", "loss") else short.get(metavar, metavar),

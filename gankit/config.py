@@ -73,6 +73,9 @@ class Config:
     beta1: Annotated[float | None, "Adam's first momentum"] = None
     beta2: Annotated[float | None, "Adam's second momentum"] = None
     d_steps: Annotated[int, "discriminator updates per step (n_critic, n_dis)"] = 1
+    simultaneous: Annotated[
+        bool, "G moves together with D instead of after it: each meets the other as it was before"
+    ] = False
     decay_from: Annotated[float | None, "share of the steps after which both rates fall linearly; 1: never"] = None
     decay_to: Annotated[float | None, "share of the rates that is left at the end"] = None
 

@@ -139,6 +139,7 @@ class GAN:
     optim: dict[str, Optim] = field(default_factory=lambda: {phase: Optim() for phase in PHASES})
     batch_size: int = 64
     d_steps: int = 1
+    simultaneous: bool = False
     architecture: Mapping[str, Any] = field(default_factory=dict)
     encoder: nn.Module | None = None
     allow: frozenset[str] = frozenset()
@@ -175,6 +176,11 @@ class GAN:
                 "a weight that falls needs to know how many steps there will be: gankit.attach(..., steps=10_000)"
             )
         return float(to ** min(1.0, step / self.steps))
+
+    @property
+    def rounds(self) -> tuple[str, ...]:
+        """The phases of a step: "d" ``d_steps`` times, then "g"; with ``simultaneous`` the last two at once, as "dg"."""
+        return (self.d_steps - 1) * ("d",) + (("dg",) if self.simultaneous else ("d", "g"))
 
     # -- random streams ------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ Read it beside ``docs/plugins/hooks/``: everything a regularizer can change is a
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import chain
 
 import torch
@@ -42,27 +43,38 @@ def total(terms: Terms) -> Tensor:
     return sum(others, start=first)
 
 
-def update(gan: GAN, phase: str, step: int) -> None:
-    """One optimiser step of one player: draw, show, score, sum, backward, step."""
-    with torch.set_grad_enabled(phase == "g"):
-        batch = gan.hook.sample(gan=gan, real=gan.next_real(), z=gan.next_z(), phase=phase, step=step)
-        view = gan.hook.view(gan=gan, batch=batch, phase=phase, step=step)
-    scene = {"batch": batch, "view": watched(view), "step": step}
-    critic = gan.hook.critic(gan=gan, phase=phase, d_objective=lambda c: total(d_terms(gan, c, **scene)), **scene)
-    terms = TERMS[phase](gan, critic, **scene)
-    torch.autograd.backward(total(terms), inputs=gan.parameters(phase))
-    gan.optimizers[phase].step()
-    gan.optimizers[phase].zero_grad()
-    gan.hook.post_step(gan=gan, terms={k: v.detach() for k, v in terms.items()}, phase=phase, step=step)
+def d_objective(gan: GAN, critic: Critic, batch: Batch, view: View, step: int) -> Tensor:
+    """The discriminator's whole loss."""
+    return total(d_terms(gan, critic, batch, view, step))
+
+
+def update(gan: GAN, phases: str, step: int) -> None:
+    """One optimiser step of "d", of "g", or of both: in "dg" each meets the other as it was before.
+
+    Draw, show, score, sum, backward; then step.
+    """
+    found: dict[str, Terms] = {}
+    for phase in phases:
+        with torch.set_grad_enabled(phase == "g"):
+            batch = gan.hook.sample(gan=gan, real=gan.next_real(), z=gan.next_z(), phase=phase, step=step)
+            view = gan.hook.view(gan=gan, batch=batch, phase=phase, step=step)
+        scene = {"batch": batch, "view": watched(view), "step": step}
+        critic = gan.hook.critic(gan=gan, phase=phase, d_objective=partial(d_objective, gan, **scene), **scene)
+        found[phase] = TERMS[phase](gan, critic, **scene)
+        torch.autograd.backward(total(found[phase]), inputs=gan.parameters(phase))
+    for phase, terms in found.items():
+        gan.optimizers[phase].step()
+        gan.optimizers[phase].zero_grad()
+        gan.hook.post_step(gan=gan, terms={k: v.detach() for k, v in terms.items()}, phase=phase, step=step)
 
 
 def train(gan: GAN, steps: int) -> None:
-    """Train until ``gan.step`` is ``steps`` or somebody sets ``gan.stop``: ``d_steps`` D updates, then one of G."""
+    """Train until ``gan.step`` is ``steps`` or somebody sets ``gan.stop``; ``gan.rounds`` says who moves when."""
     gan.steps = max(steps, gan.steps or 0)
     while gan.step < steps and not gan.stop:
         gan.step += 1
-        for phase in gan.d_steps * ("d",) + ("g",):
-            update(gan, phase, gan.step)
+        for phases in gan.rounds:
+            update(gan, phases, gan.step)
 
 
 TERMS = {"d": d_terms, "g": g_terms}

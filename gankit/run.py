@@ -139,6 +139,7 @@ def assemble(config: Config, shape: tuple[int, ...], core: Mapping[str, object])
         optim={"d": Optim(config.lr_d, betas), "g": Optim(config.lr_g, betas)},
         batch_size=config.batch,
         d_steps=config.d_steps,
+        simultaneous=config.simultaneous,
         architecture=architecture,
         allow=frozenset(config.allow),
     )

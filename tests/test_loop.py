@@ -1,6 +1,9 @@
 """The loop: equal to a hand-written one bit for bit, short, flat, and free of method names."""
 
 import ast
+import copy
+import itertools
+import math
 import traceback
 from collections.abc import Generator
 from functools import partial
@@ -9,9 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from handwritten import Loop
+from pairs import IN_TREE, KINDS, SETTINGS, load
+from torch import Tensor
+from torch.nn.utils import parameters_to_vector
 
 from gankit import GAN, Latent, UsageError, View, hookimpl, loop, train
 from gankit.gan import derive_seed
+from gankit.loop import update
+from gankit.losses import make
 from gankit.testing import run, tiny_gan
 
 
@@ -133,6 +141,70 @@ def test_d_steps_and_unequal_rates() -> None:
     gan, log = run({}, steps=4, d_steps=3, optim={"d": Optim(1e-3), "g": Optim(1e-4)})
     assert [phase for phase, _, _ in log.updates] == [*"dddg"] * 4
     assert [gan.optimizers[phase].param_groups[0]["lr"] for phase in "dg"] == [1e-3, 1e-4]
+
+
+@pytest.mark.parametrize("simultaneous", [False, True])
+def test_players_move_one_after_the_other_or_at_once(simultaneous: bool) -> None:
+    """The Dirac GAN: D(x) = psi x, G makes theta, data are 0. At once the players spiral outwards, by sqrt(1 + lr^2) a step
+    (Mescheder et al. 2018, arXiv 1801.04406); one after the other they stay on a closed curve."""
+    theta, psi, lr, steps = 1.0, 0.5, 0.1, 200
+    point = torch.nn.Linear(1, 1).requires_grad_(False)
+    point.weight.zero_()
+    point.bias.fill_(theta).requires_grad_()
+    slope = torch.nn.Linear(1, 1, bias=False)
+    slope.weight.data.fill_(psi)
+    gan = GAN(point, slope, (1,), Latent(1), loss=make("wasserstein"), batch_size=2, simultaneous=simultaneous)
+    gan.next_real = lambda: torch.zeros(2, 1)
+    gan.build()
+    for phase in "dg":
+        gan.optimizers[phase] = torch.optim.SGD(gan.parameters(phase), lr)
+    train(gan, steps)
+
+    for _ in range(steps):
+        met = psi
+        psi -= lr * theta
+        theta += lr * (met if simultaneous else psi)
+    assert point.bias.item() == pytest.approx(theta, abs=1e-3)
+    assert slope.weight.item() == pytest.approx(psi, abs=1e-3)
+    grown = (1 + lr**2) ** (steps / 2) * math.hypot(1.0, 0.5)
+    assert math.hypot(theta, psi) == pytest.approx(grown) if simultaneous else math.hypot(theta, psi) < 1.3
+
+
+def test_at_once_the_last_update_of_d_and_that_of_g_share_a_round() -> None:
+    class Weights:
+        def __init__(self) -> None:
+            self.seen: list[tuple[str, Tensor, Tensor]] = []
+
+        @hookimpl
+        def post_step(self, gan: GAN, phase: str) -> None:
+            self.seen.append((phase, *(parameters_to_vector(gan.parameters(p)).detach() for p in "dg")))
+
+    weights = Weights()
+    gan, log = run({"weights": weights}, steps=2, d_steps=3, simultaneous=True)
+    assert gan.rounds == ("d", "d", "dg")
+    assert [phase for phase, _, _ in log.updates] == [*"dddg"] * 2
+    for before, after in itertools.pairwise(weights.seen):
+        moved = [not torch.equal(a, b) for a, b in zip(before[1:], after[1:], strict=True)]
+        assert moved == [after[0] == "d", after[0] == "g"]
+
+
+@pytest.mark.parametrize("name", IN_TREE)
+def test_at_once_every_plugin_acts_on_d_as_before_and_on_g_as_if_d_had_not_moved(name: str) -> None:
+    settings = {**KINDS["image"], **SETTINGS.get(name, {})}
+    at_once, twin = (tiny_gan("image", load((name,)), **settings) for _ in range(2))
+    update(at_once, "dg", 1)
+    start = [p.detach().clone() for p in twin.parameters("d")]
+    adam = copy.deepcopy(twin.optimizers["d"].state_dict())
+    update(twin, "d", 1)
+    moved = [p.detach().clone() for p in twin.parameters("d")]
+    assert not all(torch.equal(a, b) for a, b in zip(start, moved, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(at_once.parameters("d"), moved, strict=True))
+    with torch.no_grad():
+        for parameter, value in zip(twin.parameters("d"), start, strict=True):
+            parameter.copy_(value)
+    twin.optimizers["d"].load_state_dict(adam)
+    update(twin, "g", 1)
+    assert all(torch.equal(a, b) for a, b in zip(at_once.parameters("g"), twin.parameters("g"), strict=True))
 
 
 def test_a_users_own_modules_also_with_lazy_layers() -> None:
