@@ -276,7 +276,7 @@ def deep_discriminator(shapes: Sequence[Sequence[int]], width: int = 32) -> nn.M
 
     Further inputs, width and errors as for `discriminator`.
     """
-    return _deep(shapes, width, dense=False)
+    return _deep(shapes, width, "joined")
 
 
 def dense_discriminator(shapes: Sequence[Sequence[int]], width: int = 32) -> nn.Module:
@@ -287,16 +287,26 @@ def dense_discriminator(shapes: Sequence[Sequence[int]], width: int = 32) -> nn.
     which of them come together. Here two hidden layers of 8 * width units look at all places at once; of a single
     smaller one no unit may have its bend where the data are, and then D is additive once more.
     """
-    return _deep(shapes, width, dense=True)
+    return _deep(shapes, width, "dense")
 
 
-def _deep(shapes: Sequence[Sequence[int]], width: int, *, dense: bool) -> nn.Module:
+def product_discriminator(shapes: Sequence[Sequence[int]], width: int = 32) -> nn.Module:
+    """Build a `deep_discriminator` that multiplies what it sees: ``--discriminator gankit.networks:product_discriminator``.
+
+    As `dense_discriminator`, but with one hidden layer of 8 * width products (a.h + b)(c.h + d) of the features h. What D
+    makes of two distant parts together differs from the sum of both by a term of second order, wherever the data are,
+    while units that bend see it only where they bend.
+    """
+    return _deep(shapes, width, "products")
+
+
+def _deep(shapes: Sequence[Sequence[int]], width: int, hidden: str) -> nn.Module:
     first, *further = [_checked_shape(shape) for shape in shapes]
     channels, side, _ = _square(first)
     _positive(width=width)
     trunk = Padded(ConvTrunk((channels, _whole(side), _whole(side)), width, "none"), side)
     joint = sum(math.prod(shape) for shape in further)
-    return _reset(Scorer(trunk, joint, (8 if dense else 4) * width, dense=dense))
+    return _reset(Scorer(trunk, joint, (4 if hidden == "joined" else 8) * width, hidden))
 
 
 class ConvGenerator(nn.Module):
@@ -468,24 +478,44 @@ class DownBlock(nn.Module):
         return out
 
 
+class Products(nn.Module):
+    """Products of two affine maps, unit by unit: (B, n) -> (B, m)."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.one = nn.Linear(in_features, out_features)
+        self.two = nn.Linear(in_features, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, out_features)."""
+        out: Tensor = self.one(x) * self.two(x)
+        return out
+
+
 class Scorer(nn.Module):
-    """D of images: features of the first input, joined with all further inputs flat -> logits (B,)."""
+    """D of images: features of the first input, joined with all further inputs flat -> logits (B,).
+
+    units: of a hidden layer. hidden: "joined", one if there are further inputs; "dense", always two; "products", always
+    one of `Products`.
+    """
 
     def __init__(
-        self, trunk: ConvTrunk | ResidualTrunk | Padded, joint: int, hidden: int, *, dense: bool = False
+        self, trunk: ConvTrunk | ResidualTrunk | Padded, joint: int, units: int, hidden: str = "joined"
     ) -> None:
         super().__init__()
         self.trunk = trunk
         self.joins = joint > 0
         features = trunk.features + joint
         self.joint: nn.Module | None = None
-        if dense:
-            self.joint = nn.Sequential(nn.Linear(features, hidden), nn.LeakyReLU(SLOPE), nn.Linear(hidden, hidden))
+        if hidden == "dense":
+            self.joint = nn.Sequential(nn.Linear(features, units), nn.LeakyReLU(SLOPE), nn.Linear(units, units))
+        elif hidden == "products":
+            self.joint = Products(features, units)
         elif joint:
             # one hidden layer, or D would be f(x) + w.z and could not see which z belongs to which x
-            self.joint = nn.Linear(features, hidden)
-        self.activation = nn.LeakyReLU(SLOPE)
-        self.out = nn.Linear(hidden if self.joint else trunk.features, 1)
+            self.joint = nn.Linear(features, units)
+        self.activation: nn.Module = nn.Identity() if hidden == "products" else nn.LeakyReLU(SLOPE)
+        self.out = nn.Linear(units if self.joint else trunk.features, 1)
 
     def forward(self, x: Tensor, *joined: Tensor) -> Tensor:
         """Images (B, C, H, W) and the further inputs -> logits (B,)."""

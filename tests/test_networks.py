@@ -20,6 +20,7 @@ from gankit.networks import (
     encoder,
     fourier_generator,
     generator,
+    product_discriminator,
     spread_discriminator,
 )
 
@@ -367,17 +368,22 @@ def test_deep_networks_are_those_of_the_next_side_cropped_and_padded(side: int, 
     torch.testing.assert_close(g(z), whole(z)[:, :, inside, inside])
 
 
+def changed(side: int, apart: int) -> list[Tensor]:
+    """An image with two of its columns changed, with only one, with only the other, with none; they span so many pixels."""
+    neither = data(1, 3, side, side, dtype=torch.float64)
+    one, other, both = (neither.clone() for _ in range(3))
+    start = (side - apart) // 2
+    for x in (one, both):
+        x[..., start] *= -1
+    for x in (other, both):
+        x[..., start + apart - 1] *= -1
+    return [both, one, other, neither]
+
+
 @pytest.mark.parametrize(("side", "reach"), [(16, 10), (28, 22), (32, 22)])
 def test_a_dcgan_d_adds_up_distant_parts_and_a_dense_one_sees_them_together(side: int, reach: int) -> None:
     def interaction(d: nn.Module, apart: int) -> float:
-        neither = data(1, 3, side, side, dtype=torch.float64)
-        one, other, both = (neither.clone() for _ in range(3))
-        start = (side - apart) // 2  # so that the two columns that change span ``apart`` pixels
-        for x in (one, both):
-            x[..., start] *= -1
-        for x in (other, both):
-            x[..., start + apart - 1] *= -1
-        parts = [d(x).item() for x in (both, one, other, neither)]
+        parts = [d(x).item() for x in changed(side, apart)]
         return abs(parts[0] - parts[1] - parts[2] + parts[3]) / (max(parts) - min(parts))
 
     deep, dense = (
@@ -386,6 +392,29 @@ def test_a_dcgan_d_adds_up_distant_parts_and_a_dense_one_sees_them_together(side
     assert interaction(deep, reach + 2) < 1e-12
     assert interaction(deep, 4) > 1e-6
     assert interaction(dense, reach + 2) > 1e-6
+
+
+def test_products_see_distant_parts_together_wherever_the_data_are_and_bends_only_where_they_bend() -> None:
+    """(a.h + b)(c.h + d) of h + s + t less that of h + s and of h + t is (a.s)(c.t) + (a.t)(c.s), whatever h, b and d."""
+    images = changed(16, 12)
+    product, dense = (
+        build(factory, [(3, 16, 16)], width=8).double() for factory in (product_discriminator, dense_discriminator)
+    )
+    _, one, other, neither = (product.trunk(x)[0] for x in images)
+    s, t = one - neither, other - neither
+    a, c = product.joint.one.weight, product.joint.two.weight
+    expected = (product.out.weight[0] @ ((a @ s) * (c @ t) + (a @ t) * (c @ s))).item()
+    assert abs(expected) > 1e-6
+
+    def interaction(d: nn.Module) -> float:
+        both, one, other, neither = (d(x).item() for x in images)
+        return both - one - other + neither
+
+    assert interaction(product) == pytest.approx(expected, rel=1e-6)
+    for layer in (product.joint.one, product.joint.two, dense.joint[0], dense.joint[2]):
+        nn.init.constant_(layer.bias, 100.0)
+    assert interaction(product) == pytest.approx(expected, rel=1e-4)
+    assert abs(interaction(dense)) < 1e-9
 
 
 def test_a_dense_d_of_one_input_refuses_a_second_and_joins_it_where_it_was_built_for_it() -> None:
