@@ -30,7 +30,7 @@ WORDS = dict(zip(SURE, ("possible", "likely", "certain"), strict=True))
 ALIKE: Levels = (0.25, 0.2, 0.1)
 # Share of samples with a near twin, beyond that of true samples: a fine G on a thin set may have some, and of a latent of
 # one dimension, along which samples lie as on a string, about half.
-TWINS: Levels = (0.6, 0.75, 0.9)
+TWINS: Levels = (0.65, 0.75, 0.9)
 # Share of the data at whose anchors there are next to no samples. One lost mode of eight is 0.125.
 MISSING: Levels = (0.1, 0.2, 0.4)
 LASTING = 3  # evaluations: what young networks do passes

@@ -244,7 +244,7 @@ def test_nothing_is_found_in_a_healthy_run() -> None:
         ("not finite", always(finite=0.99), always(finite=1.0)),
         ("not finite", always(diverged="step 3: term 'adv'"), always()),
         ("collapse", always(spread=0.25), always(spread=0.26)),
-        ("collapse", always(duplicates=0.6), always(duplicates=0.59)),
+        ("collapse", always(duplicates=0.65), always(duplicates=0.64)),
         ("lost modes", always(cells=[9, 191, 100, 100]), always(cells=[10, 190, 100, 100])),
         ("one class", always(labels=[40, 360, 0, 0]), always(labels=[41, 359, 0, 0])),
         ("oscillation", swap(0.3), swap(0.29)),
