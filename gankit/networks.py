@@ -12,7 +12,7 @@ import difflib
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ M = TypeVar("M", bound=nn.Module)
 NETWORKS = ("auto", "mlp", "dcgan", "resnet")
 LATENTS = ("normal", "uniform")
 NORMS = ("none", "batch")
+Hidden = Literal["joined", "dense", "products"]
 
 MLP_WIDTH = 96  # of G and E; D is twice as wide, which the ring needs (docs/decisions/0005-the-recipe-for-the-plane.md)
 MLP_DEPTH = 3
@@ -294,13 +295,13 @@ def product_discriminator(shapes: Sequence[Sequence[int]], width: int = 32) -> n
     """Build a `deep_discriminator` that multiplies what it sees: ``--discriminator gankit.networks:product_discriminator``.
 
     As `dense_discriminator`, but with one hidden layer of 8 * width products (a.h + b)(c.h + d) of the features h. What D
-    makes of two distant parts together differs from the sum of both by a term of second order, wherever the data are,
-    while units that bend see it only where they bend.
+    makes of two distant parts together differs from the sum of both by a term of second order, which the weights can always
+    change, wherever the data are; units that bend see it, and have its gradient, only where they bend.
     """
     return _deep(shapes, width, "products")
 
 
-def _deep(shapes: Sequence[Sequence[int]], width: int, hidden: str) -> nn.Module:
+def _deep(shapes: Sequence[Sequence[int]], width: int, hidden: Hidden) -> nn.Module:
     first, *further = [_checked_shape(shape) for shape in shapes]
     channels, side, _ = _square(first)
     _positive(width=width)
@@ -500,7 +501,7 @@ class Scorer(nn.Module):
     """
 
     def __init__(
-        self, trunk: ConvTrunk | ResidualTrunk | Padded, joint: int, units: int, hidden: str = "joined"
+        self, trunk: ConvTrunk | ResidualTrunk | Padded, joint: int, units: int, hidden: Hidden = "joined"
     ) -> None:
         super().__init__()
         self.trunk = trunk

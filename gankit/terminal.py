@@ -312,7 +312,7 @@ def show_order(console: Console, session: Session) -> None:
     console.print(f"every step, {times}:")
     for hook in ("sample", "view", "critic", "pre_d_loss", "post_step"):
         _show_hook(console, gan, hook)
-    console.print("and one G update at once, before D has moved:" if gan.simultaneous else "then one G update:")
+    console.print("and one G update, at once with D's last:" if gan.simultaneous else "then one G update:")
     for hook in ("sample", "view", "critic", "post_g_loss", "post_step"):
         _show_hook(console, gan, hook)
     console.print(f"every {session.config.eval_every} steps:")

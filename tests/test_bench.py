@@ -519,7 +519,7 @@ def test_rows_are_added_to_published_ones(tmp_path: Path) -> None:
     assert [(row.seed, row.method) for row in merged if row.reason == "again"] == [(3, "r3gan")]
 
     other = replace(one, settings={**one.settings, "lr_g": 1e-3})
-    for wrong in (other, replace(one, steps=(7,))):
+    for wrong in (other, replace(one, steps=(7,)), replace(one, methods={"gone": one.methods["r3gan"]})):
         write_atomic(tmp_path / "wrong.json", to_json(results.plain(wrong, changed)))
         with pytest.raises(UsageError, match=r"wrong\.json is not of the suite ring as it is now"):
             made["merged"](whole, tmp_path / "wrong.json")

@@ -308,7 +308,20 @@ def test_dry_run_writes_nothing_and_explain_shows_the_order() -> None:
     output = gankit("explain", "--plugin", "gradient_penalty", "--plugin", "pairwise_gp", *FAST).output
     assert re.search(r"pre_d_loss +stats \( gradient_penalty -> pairwise_gp \)", output)
     assert re.search(r"view +pairwise_gp \( core \)", output)
+    assert "then one G update:" in output
+    output = gankit("explain", "--simultaneous", "--d-steps", "3", *FAST).output
+    assert "3 D updates:" in output and "one G update, at once with D's last:" in output
     assert not Path("runs").exists()
+
+
+def test_both_players_move_at_once_where_it_is_asked_for() -> None:
+    for name, flags in (("turns", ()), ("once", ("--simultaneous",)), ("again", ("--config", "runs/once/config.toml"))):
+        gankit("run", *FAST, *flags, "--name", name)
+    turns, once, again = (
+        Path("runs", name, "checkpoints/latest/generator.safetensors") for name in ("turns", "once", "again")
+    )
+    assert "simultaneous = true" in Path("runs/once/config.toml").read_text()
+    assert once.read_bytes() == again.read_bytes() != turns.read_bytes()
 
 
 def test_a_refused_run_leaves_no_folder() -> None:

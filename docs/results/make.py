@@ -42,7 +42,8 @@ def merged(*paths: Path) -> tuple[bench.Suite, list[results.Row]]:
     rows: dict[bench.Cell, results.Row] = {}
     for path, (suite, some) in zip(paths, found, strict=True):
         for cell in suite.cells():
-            if suite.name != shipped.name or suite.steps != shipped.steps or suite.config(cell) != shipped.config(cell):
+            known = suite.name == shipped.name and cell.data in shipped.data and cell.method in shipped.methods
+            if not known or suite.steps != shipped.steps or suite.config(cell) != shipped.config(cell):
                 raise UsageError(f"{path} is not of the suite {shipped.name} as it is now: see {cell.name}")
         rows |= {bench.Cell(row.data, row.method, row.steps, row.seed): row for row in some}
     methods = [name for name in shipped.methods if any(row.method == name for row in rows.values())]
