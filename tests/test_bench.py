@@ -514,7 +514,8 @@ def test_rows_are_added_to_published_ones(tmp_path: Path) -> None:
     changed = [replace(row, reason="again") for row in rows if row.seed == 3 and row.method == "r3gan"]
     one = bench.narrowed(suite, seeds=range(3, 4), methods=["r3gan"], data=[], steps=None)
     write_atomic(tmp_path / "one.json", to_json(results.plain(one, changed)))
-    _, merged = made["merged"](whole, tmp_path / "one.json")
+    made["add"](tmp_path / "one.json", tmp_path)
+    _, merged = results.load(tmp_path / "ring.json")
     assert len(merged) == len(rows)
     assert [(row.seed, row.method) for row in merged if row.reason == "again"] == [(3, "r3gan")]
 
