@@ -35,9 +35,9 @@ def grid() -> Dataset:
 def gaussians1200() -> Dataset:
     """10 modes in 1200 dimensions: N(0, 1) in coordinates 0..699, 0 in the rest, plus the mode's constant.
 
-    The radius is a choice of ours. VEEGAN (arXiv:1705.07761, section 4.1) asks for less than 10 standard deviations to the
-    nearest centre, PacGAN's `MetricLogger` for less than 3; with 700 noisy coordinates the Euclidean length of true
-    data is 26.5 +- 0.7, so not one true sample would pass either. We keep the meaning of the rule in two dimensions,
+    The radius is a choice of ours. VEEGAN (arXiv:1705.07761, its authors' page) asks for less than 10 standard deviations
+    to the nearest centre, PacGAN's `MetricLogger` for less than 3; with 700 noisy coordinates the Euclidean length of
+    true data is 26.5 +- 0.7, so not one true sample would pass either. We keep the meaning of the rule in two dimensions,
     where it accepts 1 - exp(-4.5) = 98.89 % of the true data, and take the radius with the same share here: the square
     root of that quantile of chi-squared with 700 degrees of freedom. So the ceiling is 98.89 % for all three sets.
 
