@@ -26,7 +26,14 @@ FAST = ["--steps", "12", "--batch", "16", "--width", "8", "--eval-every", "4", "
 
 FOR_IMAGES = {
     "diffaugment": [],
-    "inception": ["-o", "inception.extractor=halves.py:features", "-o", "inception.metrics=fid,precision,recall"],
+    "inception": [
+        "-o",
+        "inception.extractor=halves.py:features",
+        "-o",
+        "inception.metrics=fid,precision,recall",
+        "-o",
+        "inception.n=500",
+    ],
     "progressive": [],
     "self_attention": [],
     "stacked": [],
