@@ -535,7 +535,7 @@ def test_a_published_result_is_of_the_shipped_suite(path: Path) -> None:
     seeds: dict[tuple[str, str], list[int]] = {}
     for row in rows:
         seeds.setdefault((row.data, row.method), []).append(row.seed)
-    assert seeds.keys() == {(c.data, c.method) for c in suite.cells()}
+    assert seeds.keys() <= {(c.data, c.method) for c in suite.cells()}  # a method may be measured on some sets only
     for cell, trained in seeds.items():  # not all methods need as many seeds, but none may be picked
         assert sorted(trained) == list(range(len(trained))), cell
     assert max(map(len, seeds.values())) == suite.seeds
