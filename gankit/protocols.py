@@ -163,32 +163,6 @@ def veegan_reconstructor(shape: Sequence[int], z_dim: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), _relu_mlp(math.prod(shape), 128, 128, z_dim))
 
 
-class Gaussian(nn.Module):
-    """A draw from N(m, s^2), with m and log s from ``body`` (B, 2 m): an encoder as ALI's, (B, ...) -> (B, m).
-
-    Dumoulin et al. 2017, Adversarially learned inference, arXiv 1606.00704. The draws come from PyTorch's global generator,
-    as those of dropout do.
-    """
-
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        self.body = body
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (B, m)."""
-        mean, log_std = self.body(x).chunk(2, dim=1)
-        out: Tensor = mean + log_std.exp() * torch.randn_like(mean)
-        return out
-
-
-def veegan_encoder(shape: Sequence[int], z_dim: int) -> nn.Module:
-    """E for ALI beside VEEGAN: its reconstructor with a standard deviation for each coordinate, 1 at first for x = 0.
-
-    That the paper's ALI had the networks of VEEGAN is a guess; its notebook trains VEEGAN alone.
-    """
-    return Gaussian(veegan_reconstructor(shape, 2 * z_dim))
-
-
 # -- DCGANs with TensorFlow's padding, for stacked MNIST -----------------------------------------------------------
 
 
