@@ -44,6 +44,8 @@ SEPARATED: Levels = (0.99, 0.998, 0.9999)
 # How often D puts a training sample above a held-out one. 0.5 plus chance, which is held below three standard errors.
 MEMORY: Levels = (0.6, 0.7, 0.85)
 ERRORS = 3.0
+# Distance from x to G(E(x)), of the distance to samples of G that have nothing to do with x; E that inverts G: below 0.1.
+ASTRAY: Levels = (0.35, 0.5, 0.8)
 STILL = 1e-9  # relative change of a norm of weights in which nothing moves; rounding is far below, any step far above
 FAR = 4.0  # times off a recipe's rate
 FLAT = 1e-6  # relative change of a loss that does not move: batches alone change it more, unless D is constant
@@ -176,6 +178,15 @@ MEASURED = {
     "label_smoothing": "extreme logits cost D instead of paying; no gain in modes on ring and grid; arXiv:1606.03498",
 }
 
+STOCHASTIC = (
+    "in six runs on 2-D data 0 to 18 % of G(E(x)) were in another mode than x, and 44 to 66 % with an E that draws nothing; "
+    "arXiv:1606.00704"
+)
+ONE_DIMENSION = (
+    "96 % of the samples of pairwise_gp were on the ring's modes with it, 13 % with two normal dimensions (one seed, equal "
+    "rates); arXiv:1802.00771"
+)
+
 
 def again(
     record: Record, why: str, changes: Mapping[str, Any] | None = None, plugin: str | None = None, options: str = ""
@@ -259,6 +270,17 @@ def against_explosion(record: Record) -> Iterator[Suggestion]:
     yield slower(record, "a tenth of both rates", 0.1, 0.1)
     if record.config.loss != "wasserstein":
         yield from plugins(record, "spectral_norm", "r1")
+
+
+def against_poor_inverse(record: Record) -> Iterator[Suggestion]:
+    """What helps an encoder find the latents of what it sees."""
+    yield from usual_rates(record)
+    for name in {"bigan", "pairwise_gp"}.intersection(record.config.plugin):
+        if record.config.options.get(name, {}).get("stochastic") not in (True, "yes", "true"):
+            yield again(record, STOCHASTIC, options=f"-o {name}.stochastic=yes")
+    if record.kind == "plane" and record.config.z_dim != 1:
+        yield again(record, ONE_DIMENSION, {"z_dim": 1, "z": "uniform"})
+    yield slower(record, "smaller steps; arXiv:1706.08500", 0.5, 0.5)
 
 
 # -- rules -----------------------------------------------------------------------------------------------------------
@@ -408,6 +430,20 @@ def _against_overfitting(record: Record) -> Iterator[Suggestion]:
     yield slower(record, "a slower D", d=0.25)
 
 
+def poor_inverse(record: Record) -> Seen:
+    """An encoder that does not find what G makes of x."""
+    if record.lasting("spread") and not any("reconstruction" in row for row in record.signals):
+        raise Unknown("the run has no encoder")
+    rows = record.lasting("reconstruction")
+    error = min(row["reconstruction"] for row in rows)
+    sure = graded(error, ASTRAY)
+    lost = min(missing(row["cells"], record.truth("cells")) for row in rows)
+    if not sure or lost >= MISSING[2] or max(row["spread"] for row in rows) <= ALIKE[0]:
+        return None  # for what G does not make there is no latent to be found
+    seen = f"G(E(x)) is {error:.2g} times as far from x as samples of G that have nothing to do with x"
+    return f"{seen}, {_when(rows)}", sure, against_poor_inverse(record)
+
+
 def frozen(record: Record) -> Seen:
     """A network whose weights stay what they are."""
     rows = record.evaluations("d_norm", LASTING)[-LASTING:]
@@ -482,6 +518,7 @@ RULES: dict[str, Callable[[Record], Seen]] = {
     "oscillation": oscillation,
     "saturated D": saturated,
     "overfitted D": overfitted,
+    "poor inverse": poor_inverse,
     "frozen network": frozen,
     "flat losses": flat_losses,
     "vanishing gradient": vanishing,

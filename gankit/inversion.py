@@ -1,4 +1,4 @@
-"""What lies between latents, and which latent is nearest to a sample: interpolation, IvOM, reconstruction.
+"""What lies between latents, and which latent is nearest to a sample: interpolation and IvOM.
 
 IvOM, inference by optimisation, tells of lost modes without knowing any: a real sample that G cannot make keeps a residual
 (Metz et al. 2016, Unrolled GANs, arXiv 1611.02163, section 3.4; Srivastava et al. 2017, VEEGAN, arXiv 1705.07761, section
@@ -19,13 +19,13 @@ from gankit import pictures
 from gankit.config import Device
 from gankit.errors import UsageError
 from gankit.gan import GAN, Latent, derive_seed
+from gankit.joint import CHUNK, has_encoder, reconstruct
 from gankit.provenance import column
 from gankit.run import Reporter, load, read_data
 from gankit.rundir import RunDir
 from gankit.structure import evaluating
 
 STEPS, RESTARTS, RATE = 200, 3, 0.1
-CHUNK = 256
 SHOWN, ACROSS = 32, 8  # samples in the picture of an inversion, and in one row of it
 PATH = 200  # points between two latents where samples are points
 
@@ -119,39 +119,6 @@ def interpolate_latents(start: Tensor, end: Tensor, count: int, kind: str) -> Te
         circle = (((1 - t) * angle).sin() * a + (t * angle).sin() * b) / angle.sin()
         z = torch.where(angle.sin() > 1e-4, circle, z)
     return z.to(start.dtype).reshape(len(start), count, *start.shape[1:])
-
-
-def has_encoder(gan: GAN) -> bool:
-    """Whether a plugin brings a network from samples to latents: BiGAN's "encoder", VEEGAN's "reconstructor"."""
-    return bool({"encoder", "reconstructor"} & set(gan.players))
-
-
-@torch.no_grad()
-def reconstruct(gan: GAN, x: Tensor) -> Tensor:
-    """G(E(x)) for samples x (N, \\*shape), with the averaged G where there is one, in evaluation mode.
-
-    E is the player "encoder" or "reconstructor"; of one that gives mean and log-variance (ALI's) the mean counts.
-    UsageError where no plugin brings it.
-    """
-    if not has_encoder(gan):
-        raise UsageError(
-            "this GAN has no encoder, and G(E(x)) needs one: train with --plugin bigan, pairwise_gp or veegan"
-        )
-    encoder = (gan.players.get("encoder") or gan.players["reconstructor"]).module
-    made = []
-    with evaluating(encoder):
-        for part in torch.split(x, CHUNK):
-            code = encoder(part)
-            if code.flatten(1).shape[1] == 2 * gan.latent.dim:
-                code = code.chunk(2, dim=1)[0]
-                code = code.tanh() if gan.latent.kind == "uniform" else code
-            made.append(gan.generate(code.reshape(len(part), *(gan.latent.shape or (gan.latent.dim,)))))
-    return torch.cat(made)
-
-
-def reconstruction_error(gan: GAN, x: Tensor) -> Tensor:
-    """Mean over pixels or coordinates of (G(E(x)) - x)^2 for each sample: (N, \\*shape) -> (N,); see :func:`reconstruct`."""
-    return (reconstruct(gan, x) - x).square().flatten(1).mean(1)
 
 
 class Measured(NamedTuple):

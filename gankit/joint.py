@@ -3,7 +3,7 @@
 The discriminator tells (x, E(x)) from (G(z), z); G and E together minimise the mirrored loss on both sides
 (Donahue et al. 2017, arXiv:1605.09782, eq. 3; Dumoulin et al. 2017, arXiv:1606.00704). BiGAN's E is a function of x, ALI's
 draws z from a normal distribution whose mean and variance depend on x: ``stochastic``. Plugins that need the setting inherit
-:class:`Joint`.
+:class:`Joint`. :func:`reconstruct` is G(E(x)), for every plugin that brings an encoder.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from gankit import networks
 from gankit.contract import Batch, Player, View
 from gankit.errors import UsageError
 from gankit.hookspecs import hookimpl
+from gankit.structure import evaluating
 
 if TYPE_CHECKING:
     from gankit.gan import GAN
+
+CHUNK = 256  # samples in one pass
 
 
 def make_encoder(gan: GAN, factory: str | None, *, name: str = "encoder", stochastic: bool = False) -> nn.Module:
@@ -77,6 +80,39 @@ def reparametrise(statistics: Tensor, *, tanh: bool = False, generator: torch.Ge
 def pairs(view: View, code: Tensor, z: Tensor) -> View:
     """The view with a code of the real samples on the real side and z on the fake side, as last arguments."""
     return View((*view.real, code), (*view.fake, z))
+
+
+def has_encoder(gan: GAN) -> bool:
+    """Whether a plugin brings a network from samples to latents: BiGAN's "encoder", VEEGAN's "reconstructor"."""
+    return bool({"encoder", "reconstructor"} & set(gan.players))
+
+
+@torch.no_grad()
+def reconstruct(gan: GAN, x: Tensor) -> Tensor:
+    """G(E(x)) for samples x (N, \\*shape), with the averaged G where there is one, in evaluation mode.
+
+    E is the player "encoder" or "reconstructor"; of one that gives mean and log-variance (ALI's) the mean counts.
+    UsageError where no plugin brings it.
+    """
+    if not has_encoder(gan):
+        raise UsageError(
+            "this GAN has no encoder, and G(E(x)) needs one: train with --plugin bigan, pairwise_gp or veegan"
+        )
+    encoder = (gan.players.get("encoder") or gan.players["reconstructor"]).module
+    made = []
+    with evaluating(encoder):
+        for part in torch.split(x, CHUNK):
+            code = encoder(part)
+            if code.flatten(1).shape[1] == 2 * gan.latent.dim:
+                code = code.chunk(2, dim=1)[0]
+                code = code.tanh() if gan.latent.kind == "uniform" else code
+            made.append(gan.generate(code.reshape(len(part), *(gan.latent.shape or (gan.latent.dim,)))))
+    return torch.cat(made)
+
+
+def reconstruction_error(gan: GAN, x: Tensor) -> Tensor:
+    """Mean over pixels or coordinates of (G(E(x)) - x)^2 for each sample: (N, \\*shape) -> (N,); see :func:`reconstruct`."""
+    return (reconstruct(gan, x) - x).square().flatten(1).mean(1)
 
 
 @dataclass(eq=False)

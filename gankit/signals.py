@@ -11,6 +11,8 @@ rank              effective number of dimensions they vary in, over the training
 duplicates        share of generated samples with another one at less than DUPLICATE of the usual distance
 cells             generated samples by nearest anchor, a training sample; cells_now: those of the generator as it is, where
                   samples come from its average
+reconstruction    (with an encoder) median distance from a training sample x to G(E(x)), over that to a generated sample
+                  that knows nothing of x: 0 where E inverts G, 1 where it does not look at x
 labels            generated samples by the class of the nearest training sample, where the data have classes
 real_logits, held_out_logits, fake_logits   mean and standard deviation of D's logits, of what it is shown in training
 separation        how often D puts a training sample above a generated one (0.5: it cannot tell them apart, 1: always)
@@ -35,6 +37,7 @@ from gankit.contract import watched
 from gankit.data import Dataset
 from gankit.gan import GAN, derive_seed
 from gankit.hookspecs import hookimpl
+from gankit.joint import has_encoder, reconstruct
 from gankit.losses import BOTH_SIDES
 from gankit.structure import evaluating
 
@@ -80,7 +83,9 @@ class Signals:
             sizes = {"train": min(self.shown, len(self.real)), "held_out": min(self.shown, len(self.held_out))}
             self.write({"step": None, "n": self.n, **self.of(self.held_out), **sizes})
         else:
-            self.write({"step": step, "n": self.n, **self.of(draw(self.n)), **self.of_players(gan)})
+            samples = draw(self.n)
+            inverted = self.of_encoder(gan, samples) if has_encoder(gan) else {}
+            self.write({"step": step, "n": self.n, **self.of(samples), **inverted, **self.of_players(gan)})
 
     def of(self, samples: Tensor) -> dict[str, Any]:
         """What samples (N, \\*shape) say by themselves, beside training samples."""
@@ -107,6 +112,16 @@ class Signals:
     def cells(self, points: Tensor) -> list[int]:
         """How many points (N, D) are nearest to each anchor."""
         return torch.bincount(torch.cdist(points, self.anchors).argmin(dim=1), minlength=len(self.anchors)).tolist()
+
+    def of_encoder(self, gan: GAN, samples: Tensor) -> dict[str, float]:
+        """How near G(E(x)) comes to x, beside samples (N, \\*shape) of G that have nothing to do with x."""
+        with gan.streams_kept():
+            back = reconstruct(gan, self.real[: len(samples)])
+        if not (back.isfinite().all() and samples.isfinite().all()):
+            return {}
+        points, made = self.points[: len(back)], self.features(samples[: len(back)])
+        far = (made - points).norm(dim=1).median().item()
+        return {"reconstruction": _ratio((self.features(back) - points).norm(dim=1).median().item(), far)}
 
     def of_players(self, gan: GAN) -> dict[str, Any]:
         """What the discriminator says, and how strongly both networks are pulled."""

@@ -24,6 +24,7 @@ from gankit.cli import main
 from gankit.config import Config, read_toml
 from gankit.data import from_arrays, load
 from gankit.diagnose import EMPTY, RULES, Diagnosis, Finding, Record, Watch, diagnose
+from gankit.gan import derive_seed
 from gankit.plugins import create
 from gankit.rundir import RunDir
 from gankit.sampler import Sampler
@@ -174,9 +175,45 @@ def test_gradients_are_those_of_an_update() -> None:
         )
 
 
-@pytest.mark.parametrize("name", ["none", "packing", "spectral_norm", "bigan", "virtual_batch_norm", "diffaugment"])
+def test_the_way_to_x_and_back_is_that_of_numpy() -> None:
+    x = np.random.default_rng(0).normal([1, -2, 3], [1, 10, 0.1], size=(30, 3)).astype("float32")
+    data, rows = from_arrays("x", x), []
+    signals = Signals(data, rows.append)
+    gan = tiny_gan(plugins=create(("bigan",), {})[0], core={"signals": signals})
+    measure(gan)
+    real = signals.real.double().numpy()
+    with torch.no_grad():
+        back = gan.generator(gan.players["encoder"].module(signals.real)).double().numpy()
+    made = gan.draw(signals.n, torch.Generator().manual_seed(derive_seed(gan.seed, "evaluate")))[: len(real)].numpy()
+    near, far = (np.sort((((y - real) / real.std(axis=0)) ** 2).sum(axis=1) ** 0.5) for y in (back, made))
+    middle = (len(real) - 1) // 2
+    assert rows[0]["reconstruction"] == pytest.approx(near[middle] / far[middle], rel=1e-5)
+
+
+class Drawing(nn.Module):
+    """An encoder that takes its noise from torch's global generator, as a dropout that is always on would."""
+
+    def __init__(self, z_dim: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, z_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x + torch.randn_like(x))
+
+
+def drawing(z_dim: int) -> nn.Module:
+    return Drawing(z_dim)
+
+
+LOOKED_AT = ["none", "packing", "spectral_norm", "bigan", "drawing", "veegan", "virtual_batch_norm", "diffaugment"]
+
+
+@pytest.mark.parametrize("name", LOOKED_AT)
 def test_looking_moves_nothing(name: str) -> None:
     from gankit import train
+
+    options = {"bigan": {"encoder": f"{__file__}:drawing"}} if name == "drawing" else {}
+    given = {"none": (), "drawing": ("bigan",)}.get(name, (name,))
 
     image = name in ("virtual_batch_norm", "diffaugment")
     shape = (40, 1, 28, 28) if image else (40, 3)
@@ -184,8 +221,9 @@ def test_looking_moves_nothing(name: str) -> None:
     gans = []
     for looks in (True, False):
         rows: list[dict[str, Any]] = []
-        plugins, _ = create(() if name == "none" else (name,), {})
+        plugins, _ = create(given, options)
         core = {"signals": Signals(data, rows.append, 16)} if looks else {}
+        torch.manual_seed(0)
         gan = tiny_gan("image" if image else "vector", plugins, core)
         for step in (1, 2, 3):
             train(gan, step)
@@ -209,7 +247,7 @@ TRUTH = {"step": None, "n": 400, "finite": 1.0, "spread": 1.0, "rank": 1.0, "dup
 HEALTHY = {
     "n": 400, "finite": 1.0, "spread": 1.0, "rank": 1.0, "duplicates": 0.0, "cells": [100] * 4, "cells_now": [100] * 4,
     "labels": [100] * 4, "separation": 0.7, "held_out_separation": 0.7, "memory": 0.5, "d_gradient": 0.01,
-    "g_gradient": 0.01,
+    "g_gradient": 0.01, "reconstruction": 0.02,
 }  # fmt: skip
 
 
@@ -250,6 +288,7 @@ def test_nothing_is_found_in_a_healthy_run() -> None:
         ("oscillation", swap(0.3), swap(0.29)),
         ("saturated D", always(separation=1.0, held_out_separation=0.99), always(separation=1.0, held_out_separation=0.98)),
         ("overfitted D", always(memory=0.6), always(memory=0.59)),
+        ("poor inverse", always(reconstruction=0.35), always(reconstruction=0.34)),
         ("frozen network", always(d_norm=5.0), lambda k: {"d_norm": 5.0 + 1e-7 * k}),
         ("frozen network", always(g_norm=5.0), lambda k: {"g_norm": 5.0 + 1e-7 * k}),
         ("vanishing gradient", always(g_gradient=1e-6), always(g_gradient=1.1e-6)),
@@ -305,6 +344,21 @@ def test_the_data_themselves_are_the_measure() -> None:
     assert not found(replace(record, signals=[few, *record.signals[1:]]))
 
 
+def test_what_g_does_not_make_no_encoder_can_find() -> None:
+    for cause, name in ((always(spread=0.2), "collapse"), (always(cells=[0, 0, 200, 200]), "lost modes")):
+        record = logged(change=lambda k, cause=cause: {"reconstruction": 1.0} | cause(k))
+        assert list(found(record)) == [name]
+    assert "poor inverse" in found(logged(change=always(reconstruction=1.0, cells=[0, 133, 133, 134])))
+
+
+def test_without_an_encoder_there_is_no_inverse() -> None:
+    record = logged()
+    rows = [{k: v for k, v in row.items() if k != "reconstruction"} for row in record.signals]
+    diagnosis = diagnose(replace(record, signals=rows))
+    assert not diagnosis.findings and diagnosis.unknown == {"poor inverse": "the run has no encoder"}
+    assert "too early" in diagnose(logged(1)).unknown["poor inverse"]
+
+
 def test_a_wasserstein_critic_may_separate() -> None:
     record = logged(change=always(separation=1.0, held_out_separation=1.0))
     assert "saturated D" in found(record)
@@ -343,6 +397,7 @@ def every_suggestion(config: Config, kind: str, path: str = "RUN") -> dict[str, 
         "oscillation": logged(change=swap(0.5)),
         "saturated D": logged(change=always(separation=1.0, held_out_separation=1.0)),
         "overfitted D": logged(change=always(memory=1.0)),
+        "poor inverse": logged(change=always(reconstruction=1.0)),
         "frozen network": logged(change=always(d_norm=1.0)),
         "flat losses": logged(d_loss=1.0, g_loss=1.0),
         "vanishing gradient": logged(change=always(g_gradient=0.0)),
@@ -392,6 +447,7 @@ def every_suggestion(config: Config, kind: str, path: str = "RUN") -> dict[str, 
             "15",
         ],
         ["--data", "x.npy", "--plugin", "spectral_norm", "--loss", "hinge"],
+        ["--data", "p.npy", "--plugin", "pairwise_gp", "--z-dim", "2", "--z", "normal"],
     ],
     ids=" ".join,
 )
@@ -441,6 +497,10 @@ def test_suggestions_begin_with_what_was_measured_best() -> None:
         np.mean([row["modes"] for row in outcomes if row["plugin"] == name and row["data"] == "grid"]) for name in order
     ]
     assert modes == sorted(modes, reverse=True)
+    first, *_ = every_suggestion(replace(CONFIG, plugin=("bigan",)), "plane")["poor inverse"]
+    assert first.endswith("-o bigan.stochastic=yes")
+    drawing = replace(CONFIG, plugin=("bigan",), options={"bigan": {"stochastic": True}})
+    assert "stochastic" not in " ".join(every_suggestion(drawing, "plane")["poor inverse"])
     far = every_suggestion(replace(CONFIG, lr_g=0.1), "plane")["oscillation"]
     assert far[0].endswith("--lr-g 0.002 --lr-d 0.003")
     assert every_suggestion(replace(CONFIG, lr_d=0.0), "plane")["frozen network"][0].endswith("--lr-d 0.003")

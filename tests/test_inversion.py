@@ -19,12 +19,11 @@ from gankit import inversion
 from gankit.cli import main
 from gankit.errors import UsageError
 from gankit.gan import Latent
-from gankit.inversion import interpolate_latents, ivom, reconstruct, reconstruction_error
-from gankit.joint import Joint
+from gankit.inversion import interpolate_latents, ivom
+from gankit.joint import reconstruction_error
 from gankit.run import load, read_data
 from gankit.rundir import RunDir
 from gankit.terminal import Terminal
-from gankit.testing import tiny_gan
 
 FAST = ["--threads", "1", "--steps", "3", "--batch", "8", "--eval-samples", "20", "--width", "8", "--name", "r"]
 
@@ -158,35 +157,6 @@ def test_where_there_is_no_arc_there_is_a_line() -> None:
     for wrong in ((start, end, 1), (start, end[:2], 3)):
         with pytest.raises(UsageError, match="2 points or more"):
             interpolate_latents(*wrong, "normal")
-
-
-# -- reconstruction --------------------------------------------------------------------------------------------------
-
-
-def test_reconstruction_is_the_generator_after_the_encoder() -> None:
-    gan = tiny_gan(plugins={"joint": Joint()})
-    x = randn(9, 3)
-    expected = gan.generator(gan.players["encoder"].module(x))
-    np.testing.assert_allclose(reconstruct(gan, x), expected.detach(), rtol=1e-5)
-    np.testing.assert_allclose(reconstruction_error(gan, x), (expected - x).detach().square().mean(1), rtol=1e-5)
-    average = copy.deepcopy(gan.generator)
-    with torch.no_grad():
-        for parameter in average.parameters():
-            parameter.mul_(0.5)
-    gan.averages["generator"] = average  # the one that makes samples
-    np.testing.assert_allclose(reconstruct(gan, x), average(gan.players["encoder"].module(x)).detach(), rtol=1e-5)
-
-
-def test_a_stochastic_encoder_gives_its_mean() -> None:
-    gan = tiny_gan(plugins={"joint": Joint(stochastic=True)})
-    x = randn(9, 3)
-    mean = gan.players["encoder"].module(x)[:, : gan.latent.dim]
-    np.testing.assert_allclose(reconstruct(gan, x), gan.generator(mean).detach(), rtol=1e-5)
-
-
-def test_without_an_encoder_there_is_none() -> None:
-    with pytest.raises(UsageError, match="has no encoder"):
-        reconstruct(tiny_gan(), randn(2, 3))
 
 
 # -- commands --------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from gankit import GAN, Latent, UsageError, train
-from gankit.joint import Joint, reparametrise
+from gankit.joint import Joint, reconstruct, reconstruction_error, reparametrise
 from gankit.loop import update
 from gankit.options import build
 from gankit.testing import run, tiny_gan
@@ -180,3 +180,32 @@ def test_a_restored_run_takes_the_same_next_step() -> None:
     train(other, 3)
     for name, state in gan.weights().items():
         assert all(torch.equal(value, other.weights()[name][key]) for key, value in state.items())
+
+
+# -- reconstruction --------------------------------------------------------------------------------------------------
+
+
+def test_reconstruction_is_the_generator_after_the_encoder() -> None:
+    gan = tiny_gan(plugins={"joint": Joint()})
+    x = torch.randn(9, 3, generator=stream(3))
+    expected = gan.generator(gan.players["encoder"].module(x))
+    np.testing.assert_allclose(reconstruct(gan, x), expected.detach(), rtol=1e-5)
+    np.testing.assert_allclose(reconstruction_error(gan, x), (expected - x).detach().square().mean(1), rtol=1e-5)
+    average = deepcopy(gan.generator)
+    with torch.no_grad():
+        for parameter in average.parameters():
+            parameter.mul_(0.5)
+    gan.averages["generator"] = average  # the one that makes samples
+    np.testing.assert_allclose(reconstruct(gan, x), average(gan.players["encoder"].module(x)).detach(), rtol=1e-5)
+
+
+def test_a_stochastic_encoder_gives_its_mean() -> None:
+    gan = tiny_gan(plugins={"joint": Joint(stochastic=True)})
+    x = torch.randn(9, 3, generator=stream(3))
+    mean = gan.players["encoder"].module(x)[:, : gan.latent.dim]
+    np.testing.assert_allclose(reconstruct(gan, x), gan.generator(mean).detach(), rtol=1e-5)
+
+
+def test_without_an_encoder_there_is_none() -> None:
+    with pytest.raises(UsageError, match="has no encoder"):
+        reconstruct(tiny_gan(), torch.zeros(2, 3))

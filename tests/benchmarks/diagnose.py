@@ -184,6 +184,23 @@ def dead(inner: nn.Module) -> nn.Module:
     return inner
 
 
+class Blind(nn.Module):
+    """An encoder that draws a latent without looking at its sample."""
+
+    def __init__(self, z_dim: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(z_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, \\*shape) -> (B, z_dim)."""
+        return self.scale * torch.randn(len(x), len(self.scale))
+
+
+def blind(shape: tuple[int, ...], z_dim: int) -> nn.Module:
+    """The factory of `Blind`."""
+    return Blind(z_dim)
+
+
 @dataclass(eq=False)
 class Spoiler:
     """A term that is not a number from some step on, as from the square root of a negative number."""
@@ -205,6 +222,7 @@ class Louder:
 
 
 R1 = {"r1": {"weight": 1}}
+BLIND = {"encoder": f"{__file__}:blind"}
 FAMILIES: dict[str, Case] = {
     # made to stay healthy
     "r1": Case(("r1",), R1),
@@ -256,6 +274,17 @@ FAMILIES: dict[str, Case] = {
     "few_samples_known_hinge": Case(
         count=150, width=64, d_steps=2, lr_g=1e-4, loss="hinge", data=("sixteen",), network=Knowing, z_dim=17
     ),
+    # with an encoder
+    "bigan": Case(("bigan",)),
+    "bigan_r1": Case(("bigan", "r1"), R1),
+    "bigan_many_latents": Case(("bigan", "r1"), R1, z_dim=32),
+    "bigan_stochastic": Case(("bigan", "r1"), R1 | {"bigan": {"stochastic": True}}),
+    "pairwise_gp": Case(("pairwise_gp",), {"pairwise_gp": {"weight": 1}}),
+    "pairwise_gp_stochastic": Case(("pairwise_gp",), {"pairwise_gp": {"weight": 1, "stochastic": True}}),
+    "veegan": Case(("veegan",)),
+    "veegan_r1": Case(("veegan", "r1"), R1),
+    "blind": Case(("bigan", "r1"), R1 | {"bigan": BLIND}),
+    "blind_pairwise_gp": Case(("pairwise_gp",), {"pairwise_gp": {"weight": 1} | BLIND}),
 }
 
 
@@ -373,14 +402,20 @@ def look(gan: GAN, mixture: Mixture, data: Dataset) -> dict[str, Any]:
     stream = torch.Generator().manual_seed(99)
     z = gan.latent.draw(FRESH, stream)
     made, now = gan.averages["generator"].eval()(z), gan.generator(z)
-    fresh, _ = mixture.draw(FRESH, stream)
+    fresh, modes = mixture.draw(FRESH, stream)
     seen: dict[str, Any] = {
         "made": mixture.shares(made),
         "now": mixture.shares(now),
         "width": (made.flatten(1).var(dim=0).sum() / fresh.flatten(1).var(dim=0).sum()).sqrt().item(),
         "weights": {phase: torch.cat([p.flatten().clone() for p in gan.parameters(phase)]) for phase in "dg"},
     }
-    if "packing" not in gan.plugins:  # whose critic takes pairs
+    encoder = gan.players.get("encoder") or gan.players.get("reconstructor")
+    if encoder:
+        codes = encoder.module.eval()(fresh)[:, : gan.latent.dim]  # the mean, of one that draws
+        encoder.module.train()
+        back = gan.averages["generator"](codes).flatten(1)
+        seen["strayed"] = (torch.cdist(back, mixture.centers.flatten(1)).argmin(dim=1) != modes).double().mean().item()
+    elif "packing" not in gan.plugins:  # critics that take pairs
         known = data.batch(torch.arange(min(len(data), FRESH)))
         d = gan.discriminator.eval()  # spectral norm's vectors stay
         scores = {name: d(x).double() for name, x in (("fresh", fresh), ("now", now), ("known", known))}
@@ -405,6 +440,7 @@ def judged(seen: list[dict[str, Any]]) -> dict[str, Any]:
         "path": _mean([sum(abs(a - b) for a, b in zip(x["now"], y["now"], strict=True)) / 2 for x, y in steps]),
         "separated": min(x.get("separated", 0.5) for x in seen[-3:]),
         "memorised": last.get("memorised", 0.5),
+        **({"strayed": min(x["strayed"] for x in seen[-3:])} if "strayed" in last else {}),
         **{
             f"{phase}_moved": max(
                 (
@@ -460,7 +496,9 @@ def truths(row: dict[str, Any]) -> dict[str, bool]:
     if case.labelled:
         found["one class"] = known["modes"] > 1 and known["top"] >= 0.95
     found["oscillation"] = known["path"] >= 0.3
-    if "packing" not in case.plugins and case.loss != "wasserstein":
+    if "strayed" in known:
+        found["poor inverse"] = known["strayed"] >= 0.5 and known["lost"] < 0.4 * known["modes"]
+    elif "packing" not in case.plugins and case.loss != "wasserstein":
         found["saturated D"] = known["separated"] >= 0.99
         found["overfitted D"] = known["memorised"] >= 0.75
     found["frozen network"] = min(known["g_moved"], known["d_moved"]) < 1e-9
