@@ -16,7 +16,7 @@ from torch import Tensor
 from gankit import metrics, pictures, plane
 from gankit.data import Dataset
 from gankit.errors import Diverged
-from gankit.gan import GAN, derive_seed, seeded
+from gankit.gan import GAN, derive_seed
 from gankit.hookspecs import hookimpl
 from gankit.provenance import metric_of
 from gankit.rundir import RunDir
@@ -262,7 +262,7 @@ class Evaluator:
 
 
 def measure(gan: GAN, truth: Dataset | None = None) -> dict[str, float]:
-    """All metrics of all ``evaluate`` hooks on the GAN as it is; always from the same latents and global random numbers.
+    """All metrics of all ``evaluate`` hooks on the GAN as it is; always from the same latents.
 
     ``truth``: of this data set's training samples in the generator's place, which is what a perfect generator would get.
     """
@@ -270,8 +270,7 @@ def measure(gan: GAN, truth: Dataset | None = None) -> dict[str, float]:
     def draw(n: int) -> Tensor:
         return gan.draw(n, torch.Generator(gan.device).manual_seed(derive_seed(gan.seed, "evaluate")))
 
-    # networks that draw from torch's global generator train on as if nobody had looked
-    with gan.manager.meter.paused(), seeded(gan.seed, "evaluate"):
+    with gan.manager.meter.paused():
         if truth is None:
             found = gan.hook.evaluate(gan=gan, draw=draw, step=gan.step)
         else:
