@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from gankit.config import RECIPES, Config, kind_of
+from gankit.options import TRUE
 from gankit.plugins import snake_case
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ SEPARATED: Levels = (0.99, 0.998, 0.9999)
 # How often D puts a training sample above a held-out one. 0.5 plus chance, which is held below three standard errors.
 MEMORY: Levels = (0.6, 0.7, 0.85)
 ERRORS = 3.0
-# Distance from x to G(E(x)), of the distance to samples of G that have nothing to do with x; E that inverts G: below 0.1.
+# Distance from x to G(E(x)), of the distance to samples of G that have nothing to do with x; E that inverts G: below 0.25.
 ASTRAY: Levels = (0.35, 0.5, 0.8)
 STILL = 1e-9  # relative change of a norm of weights in which nothing moves; rounding is far below, any step far above
 FAR = 4.0  # times off a recipe's rate
@@ -276,7 +277,7 @@ def against_poor_inverse(record: Record) -> Iterator[Suggestion]:
     """What helps an encoder find the latents of what it sees."""
     yield from usual_rates(record)
     for name in {"bigan", "pairwise_gp"}.intersection(record.config.plugin):
-        if record.config.options.get(name, {}).get("stochastic") not in (True, "yes", "true"):
+        if str(record.config.options.get(name, {}).get("stochastic")).lower() not in TRUE:
             yield again(record, STOCHASTIC, options=f"-o {name}.stochastic=yes")
     if record.kind == "plane" and record.config.z_dim != 1:
         yield again(record, ONE_DIMENSION, {"z_dim": 1, "z": "uniform"})

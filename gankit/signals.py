@@ -118,8 +118,7 @@ class Signals:
 
     def of_encoder(self, gan: GAN, samples: Tensor) -> dict[str, float]:
         """How near G(E(x)) comes to x, beside samples (N, \\*shape) of G that have nothing to do with x."""
-        with gan.streams_kept():
-            back = reconstruct(gan, self.real[: len(samples)])
+        back = reconstruct(gan, self.real[: len(samples)])
         if not (back.isfinite().all() and samples.isfinite().all()):
             return {}
         points, made = self.points[: len(back)], self.features(samples[: len(back)])

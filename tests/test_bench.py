@@ -535,7 +535,9 @@ def test_a_published_result_is_of_the_shipped_suite(path: Path) -> None:
     seeds: dict[tuple[str, str], list[int]] = {}
     for row in rows:
         seeds.setdefault((row.data, row.method), []).append(row.seed)
-    assert seeds.keys() <= {(c.data, c.method) for c in suite.cells()}  # a method may be measured on some sets only
+    cells = {(c.data, c.method) for c in suite.cells()}
+    missing = {("gaussians1200", "gan"), ("ring", "pacgan2_alternating")}  # not measured, as their notes say
+    assert cells - missing <= seeds.keys() <= cells
     for cell, trained in seeds.items():  # not all methods need as many seeds, but none may be picked
         assert sorted(trained) == list(range(len(trained))), cell
     assert max(map(len, seeds.values())) == suite.seeds

@@ -499,8 +499,9 @@ def test_suggestions_begin_with_what_was_measured_best() -> None:
     assert modes == sorted(modes, reverse=True)
     first, *_ = every_suggestion(replace(CONFIG, plugin=("bigan",)), "plane")["poor inverse"]
     assert first.endswith("-o bigan.stochastic=yes")
-    drawing = replace(CONFIG, plugin=("bigan",), options={"bigan": {"stochastic": True}})
-    assert "stochastic" not in " ".join(every_suggestion(drawing, "plane")["poor inverse"])
+    for yes in (True, "yes", "on"):  # as a file has it, or a command line
+        drawing = replace(CONFIG, plugin=("bigan",), options={"bigan": {"stochastic": yes}})
+        assert "stochastic" not in " ".join(every_suggestion(drawing, "plane")["poor inverse"])
     far = every_suggestion(replace(CONFIG, lr_g=0.1), "plane")["oscillation"]
     assert far[0].endswith("--lr-g 0.002 --lr-d 0.003")
     assert every_suggestion(replace(CONFIG, lr_d=0.0), "plane")["frozen network"][0].endswith("--lr-d 0.003")

@@ -349,6 +349,7 @@ class Witness:
 def run(family: str, seed: int) -> dict[str, Any]:
     """Train one case: its rows, and the truth about it."""
     case = FAMILIES[family]
+    torch.manual_seed(seed)  # for `Blind`
     name, mixture, data, batch = data_of(family, seed)
     rows: dict[str, list[dict[str, Any]]] = {"signals": [], "stats": []}
     plugins, _ = create(case.plugins, case.options)
