@@ -349,9 +349,14 @@ class GAN:
         return samples
 
     def draw(self, n: int, stream: torch.Generator, chunk: int = 1000) -> Tensor:
-        """(n, \\*shape) samples of latents drawn from ``stream``, see :meth:`generate`."""
+        """(n, \\*shape) samples of latents drawn from ``stream``, see :meth:`generate`.
+
+        A network that draws noise of its own, from torch's global generator, meets the same noise for the same stream,
+        and training goes on as if nobody had looked.
+        """
         sizes = [min(chunk, n - start) for start in range(0, n, chunk)]
-        return torch.cat([self.generate(self.latent.draw(size, stream)) for size in sizes])
+        with seeded(stream.initial_seed(), "draw"):
+            return torch.cat([self.generate(self.latent.draw(size, stream)) for size in sizes])
 
     # -- state ---------------------------------------------------------------------------------------------------
 

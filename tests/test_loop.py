@@ -13,7 +13,7 @@ import pytest
 import torch
 from handwritten import Loop
 from pairs import IN_TREE, KINDS, SETTINGS, load
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 from gankit import GAN, Latent, UsageError, View, hookimpl, loop, train
@@ -120,6 +120,31 @@ def test_looking_at_a_view_moves_no_stream() -> None:
     again.first_view()
     train(again, 1)
     assert all(torch.equal(a, b) for a, b in zip(gan.parameters("d"), again.parameters("d"), strict=True))
+
+
+class Noisy(nn.Module):
+    """A G whose noise comes from torch's global generator in evaluation mode, too, as StyleGAN's does."""
+
+    def __init__(self, shape: tuple[int, ...], z_dim: int) -> None:
+        super().__init__()
+        self.body = nn.Linear(z_dim, shape[0])
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.body(z) + torch.randn(len(z), 1)
+
+
+def test_samples_of_a_network_that_draws_are_the_same_each_time_and_shift_nothing() -> None:
+    gan = tiny_gan(generator=Noisy)
+    state = torch.get_rng_state()
+    first, again = (gan.draw(5, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert torch.equal(torch.get_rng_state(), state)
+    latents = gan.latent.draw(5, torch.Generator().manual_seed(3))
+    noise = first - gan.generator.body(latents)
+    assert noise.std(0).min() > 0.1
+    other = torch.Generator().manual_seed(4)
+    more = gan.latent.draw(5, torch.Generator().manual_seed(4))
+    assert not torch.allclose(gan.draw(5, other) - gan.generator.body(more), noise, atol=1e-3)
 
 
 def test_building_leaves_the_global_generator_alone() -> None:
