@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gankit.gan import GAN
 
 GRID = 48  # points a side at which D is looked at
-ALONE = 64  # of them that are scored once more by themselves
+ALONE = 64  # of them that are scored by themselves and among as many others
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -80,12 +80,12 @@ def critic_field(gan: GAN, limits: Limits) -> Field | str:
         shown = watched(view).real
         if shown[0].shape != points.shape:
             return "D is shown several samples at once here, so a single point has no value"
+        with torch.no_grad():
+            alone, among = (logit_per_sample(gan.discriminator(*(t[:n] for t in shown))) for n in (ALONE, 2 * ALONE))
+        if not torch.allclose(alone, among[:ALONE], rtol=1e-3, atol=1e-3):
+            return "D's value of a sample depends on the rest of its batch here, so a single point has none"
         logits = logit_per_sample(gan.discriminator(*shown))
         (slopes,) = torch.autograd.grad(logits.sum(), shown[0])
-        with torch.no_grad():
-            alone = logit_per_sample(gan.discriminator(*(t[:ALONE] for t in shown)))
-    if not torch.allclose(alone, logits[:ALONE], rtol=1e-3, atol=1e-3):
-        return "D's value of a sample depends on the rest of its batch here, so a single point has none"
     return Field(_plain(logits.view(GRID, GRID)), _plain(slopes.view(GRID, GRID, 2)), len(shown) > 1)
 
 

@@ -48,7 +48,7 @@ width = 8
 steps = STEPS
 batch = 16
 eval_samples = 200
-eval_every = 10
+eval_every = EVERY
 save_every = 10
 log_every = 5
 options.r1.weight = 3
@@ -76,7 +76,7 @@ high_quality = 0.977
 
 def suite_file(folder: Path, steps: int = 30) -> Path:
     path = folder / "two.toml"
-    path.write_text(SUITE.replace("STEPS", str(steps)))
+    path.write_text(SUITE.replace("STEPS", str(steps)).replace("EVERY", str(steps // 3)))
     return path
 
 
@@ -138,8 +138,8 @@ def test_settings_go_from_all_to_one() -> None:
     ],
 )
 def test_a_wrong_suite_is_one_sentence(change: tuple[str, str], said: str, tmp_path: Path) -> None:
-    path = tmp_path / "two.toml"
-    path.write_text(SUITE.replace("STEPS", "30").replace(*change))
+    path = suite_file(tmp_path)
+    path.write_text(path.read_text().replace(*change))
     with pytest.raises(UsageError, match=said):
         bench.read(str(path))
 
