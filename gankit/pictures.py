@@ -135,6 +135,33 @@ def stacked(images: Sequence[Image.Image], title: str) -> Image.Image:
     return canvas
 
 
+def sheet(images: Mapping[str, Image.Image], width: int = 1240) -> Image.Image:
+    """Tile pictures, each shrunk and under its label of two lines, in rows of four, or of two where they are wide.
+
+    `UsageError` without pictures.
+    """
+    if not images:
+        raise UsageError("a sheet needs a picture")
+    margin, head = 8, 46
+    across = 2 if any(image.width > 1.3 * image.height for image in images.values()) else 4
+    cell = width // across
+    side = cell - 2 * margin
+    shrunk = [
+        image.convert("RGB").resize((side, round(image.height * side / image.width)), Image.Resampling.LANCZOS)
+        for image in images.values()
+    ]
+    rows = [shrunk[i : i + across] for i in range(0, len(shrunk), across)]
+    heights = [head + margin + max(image.height for image in row) for row in rows]
+    canvas = Image.new("RGB", (cell * min(across, len(shrunk)), sum(heights)), PAPER)
+    draw, fonts = ImageDraw.Draw(canvas), [ImageFont.load_default(size=size) for size in (16, 13)]
+    for i, (label, image) in enumerate(zip(images, shrunk, strict=True)):
+        x, y = margin + i % across * cell, sum(heights[: i // across])
+        for line, font, color, down in zip(label.split("\n"), fonts, (INK, FAINT), (14, 33), strict=False):
+            draw.text((x, y + down), line, color, font, anchor="lm")
+        canvas.paste(image, (x, y + head))
+    return canvas
+
+
 def save_png(image: Image.Image, path: str | os.PathLike[str]) -> None:
     """Write a PNG so that `path` is either the old file or the whole new one, also after a crash."""
     buffer = io.BytesIO()
@@ -281,7 +308,8 @@ def _histograms(real: Tensor, fake: Tensor, title: str, limits: Limits) -> Image
 def _outside_note(fake: Tensor, inside: Tensor) -> str:
     finite = fake.isfinite().all(dim=1)
     outside, broken = int((finite & ~inside).sum()), int((~finite).sum())
-    notes = [f"{outside / len(fake):.1%} of generated outside"] if outside else []
+    share = f"{outside / len(fake):.1%}" if outside >= len(fake) / 1000 else "under 0.1%"
+    notes = [f"{share} of generated outside"] if outside else []
     if broken:
         notes.append(f"{broken:,} not finite")
     return ", ".join(notes)

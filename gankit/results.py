@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 from scipy import stats
 
 from gankit import config as configuration
@@ -21,6 +22,7 @@ from gankit import inversion
 from gankit.bench import FAILED, Cell, Suite, state_of
 from gankit.errors import UsageError
 from gankit.files import write_atomic
+from gankit.pictures import save_png, sheet
 from gankit.provenance import metric_of
 from gankit.run import Reporter
 from gankit.rundir import RunDir, to_json
@@ -312,8 +314,8 @@ def _published(name: str, paper: Mapping[str, Any]) -> str:
     return f"{value:g}" if metric_of(name) == "modes" else shown(name, value)
 
 
-def markdown(suite: Suite, rows: Sequence[Row]) -> str:
-    """The whole of a suite's results as a Markdown section."""
+def markdown(suite: Suite, rows: Sequence[Row], pictures: Mapping[str, str] | None = None) -> str:
+    """The whole of a suite's results as a Markdown section. pictures: address of a picture of samples by data set."""
     parts = [f"## {suite.title}", f"Protocol: {suite.protocol}." + (f" {suite.about.strip()}" if suite.about else "")]
     tables = tabulate(suite, rows)
     for table in tables:
@@ -328,6 +330,9 @@ def markdown(suite: Suite, rows: Sequence[Row]) -> str:
         parts.append("\n".join([_md(header), _md(["---"] * len(header)), *map(_md, body)]))
         parts += [f"`{line.method}` failed: {'; '.join(line.failed)}." for line in table.lines if line.failed]
     parts.append(legend(suite))
+    for data, address in (pictures or {}).items():
+        parts.append(f"What the first seed of each method makes on {data} in the end:")
+        parts.append(f"![samples of each method on {data}]({address})")
     return "\n\n".join(parts) + "\n"
 
 
@@ -366,14 +371,47 @@ def plain(suite: Suite, rows: Sequence[Row]) -> dict[str, Any]:
 def write(suite: Suite, out: Path, reporter: Reporter) -> list[Row]:
     """Read the runs of a suite and write ``results.json``, ``results.md`` and, with ``gankit[report]``, ``results.html``.
 
-    The HTML page also shows what each method's first seed makes, and what lies between its latents.
+    Beside them ``samples-<data>.png`` of each data set, see :func:`sheets`, which ``results.md`` shows. The HTML page has
+    each method's samples, too, and what lies between its latents.
     """
     rows = collect(suite, out)
     write_atomic(out / "results.json", to_json(plain(suite, rows)))
-    write_atomic(out / "results.md", markdown(suite, rows))
+    names = {data: f"samples-{data}.png" for data in suite.data}
+    drawn = sheets(suite, out / "runs")
+    for data, image in drawn.items():
+        save_png(image, out / names[data])
+    write_atomic(out / "results.md", markdown(suite, rows, {data: names[data] for data in drawn}))
     if find_spec("jinja2"):
         write_atomic(out / "results.html", html([(suite, rows)], gallery(suite, out / "runs", reporter)))
     return rows
+
+
+def sheets(suite: Suite, runs: Path) -> dict[str, Image.Image]:
+    """By data set, one picture of what each method's first finished seed makes in the end, under its first two figures.
+
+    runs: the folder of the suite's runs.
+    """
+    found: dict[str, dict[str, Image.Image]] = {}
+    for cell in _first(suite, runs):
+        run = RunDir(runs / cell.name)
+        summary, path = run.read_json("summary.json"), max(run.samples.glob("fakes-*.png"), default=None)
+        if path is None:
+            continue
+        known = {metric_of(name): value for name, value in summary["metrics"].items()}
+        figures = [f"{shown(name, known[name])} {label(name)}" for name in HEADLINE if name in known][:2]
+        of = cell.method if cell.steps is None else f"{cell.method}, {cell.steps:,} steps"
+        with Image.open(path) as picture:
+            found.setdefault(cell.data, {})[f"{of}\n{', '.join(figures)}"] = picture.copy()
+    return {data: sheet(pictures) for data, pictures in found.items()}
+
+
+def _first(suite: Suite, runs: Path) -> list[Cell]:
+    """The first finished seed of each method, of each length of training, on each data set."""
+    first: dict[tuple[str, int | None, str], Cell] = {}
+    for cell in suite.cells():
+        if state_of(runs / cell.name) == "finished":
+            first.setdefault((cell.data, cell.steps, cell.method), cell)
+    return list(first.values())
 
 
 @dataclass
@@ -395,12 +433,8 @@ def gallery(suite: Suite, runs: Path, reporter: Reporter) -> list[Shown]:
     """
     from gankit import figures
 
-    first: dict[tuple[str, int | None, str], Cell] = {}
-    for cell in suite.cells():
-        if state_of(runs / cell.name) == "finished":
-            first.setdefault((cell.data, cell.steps, cell.method), cell)
-    found = []
-    for done, cell in enumerate(first.values()):
+    found, first = [], _first(suite, runs)
+    for done, cell in enumerate(first):
         run = RunDir(runs / cell.name)
         between = run.path / "interpolation-latest.png"
         if not between.exists():

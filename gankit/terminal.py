@@ -300,6 +300,8 @@ def show_bench(console: Console, suite: Suite, rows: list[Row], folder: Path) ->
     for name in ("results.md", "results.json", "results.html"):
         if (folder / name).exists():
             console.print(f"tables: {folder / name}", highlight=False, markup=False, soft_wrap=True)
+    for path in sorted(folder.glob("samples-*.png")):
+        console.print(f"samples: {path}", highlight=False, markup=False, soft_wrap=True)
 
 
 def show_order(console: Console, session: Session) -> None:

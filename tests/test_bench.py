@@ -178,7 +178,12 @@ def test_every_cell_is_a_run_and_a_failed_one_a_row(finished: tuple[bench.Suite,
     assert "| a paper | 7.9 | 97.7% |" in text and "`broken` failed: seed 0: packing joins" in text
     again, loaded = results.load(out / "results.json")
     assert (again, loaded) == (suite, rows)
-    assert results.markdown(again, loaded) == text
+    assert results.markdown(again, loaded, {"ring": "samples-ring.png"}) == text
+    assert "](samples-ring.png)" in text
+    drawn = Image.open(out / "samples-ring.png").convert("RGB")  # two methods of four places
+    cells = [np.asarray(drawn.crop((310 * i, 0, 310 * (i + 1), drawn.height))).astype(int) for i in range(2)]
+    assert drawn.width == 620 and all(((p[..., 0] - p[..., 1]) > 60).any() for p in cells)
+    assert (cells[0] != cells[1]).any()
 
 
 def test_a_finished_suite_trains_nothing_again(finished: tuple[bench.Suite, Path]) -> None:
@@ -496,6 +501,19 @@ def test_same_deconvolution_is_the_transpose_of_same_convolution(side: int, kern
 def test_the_page_of_results_is_made_from_its_files() -> None:
     made = runpy.run_path(str(ROOT / "docs" / "results" / "make.py"))
     assert (ROOT / "docs" / "results.md").read_text() == made["page"](), "run: python docs/results/make.py"
+
+
+def test_the_first_table_of_the_page_has_the_means_and_the_best_paper() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "results" / "make.py"))
+    _, rows = results.load(ROOT / "docs" / "results" / "ring.json")
+    (line,) = [line for line in made["page"]().splitlines() if line.startswith("| [ring](")]
+    for method, cell in zip(("none", "r3gan"), (line.split(" | ")[i] for i in (1, 3)), strict=True):
+        mine = [row.metrics for row in rows if row.method == method]
+        modes, quality, kl = (
+            statistics.fmean(m[name] or 0.0 for m in mine) for name in ("modes", "high_quality", "reverse_kl")
+        )
+        assert cell == f"`{method}`, {len(mine)} seeds: {modes:.4g} modes, {quality:.1%}, KL {kl:.4f}"
+    assert line.split(" | ")[2] == "PacGAN2 in PacGAN, table 1: 7.9 modes, 95.6%, KL 0.0700"
 
 
 def test_rows_are_added_to_published_ones(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from gankit.pictures import (
     save_png,
     scatter,
     scatter_limits,
+    sheet,
     side_by_side,
 )
 
@@ -225,6 +226,25 @@ def test_side_by_side() -> None:
     assert columns[0].max() < columns[1].min()
     other = pixels(side_by_side(left, right, labels=("step 1", "step 2")))
     assert other.shape == p.shape and (other != p).any()
+
+
+def test_a_sheet_has_every_picture_under_its_label_in_rows_of_four() -> None:
+    colours = [(250 - 40 * i, 40 * i, 0) for i in range(6)]
+    images = {f"method {i}\n{i} modes": Image.new("RGB", (600, 620), colour) for i, colour in enumerate(colours)}
+    p = pixels(sheet(images))
+    places = [np.nonzero((p == colour).all(axis=2)) for colour in colours]
+    boxes = [(int(x.min()), int(y.min()), int(x.max()), int(y.max())) for y, x in places]
+    assert len({(right - left, low - top) for left, top, right, low in boxes}) == 1
+    assert [left for left, *_ in boxes] == [8, 318, 628, 938, 8, 318]
+    assert len({top for _, top, *_ in boxes[:4]}) == len({top for _, top, *_ in boxes[4:]}) == 1
+    assert boxes[4][1] > boxes[0][3] + 40
+    for left, top, right, _ in boxes:  # words above each
+        assert (p[top - 40 : top - 4, left:right] != PAPER).any()
+    wide = sheet({"a": Image.new("RGB", (900, 400)), "b": Image.new("RGB", (900, 400))})
+    assert wide.width == 1240
+    assert sheet({"a": Image.new("RGB", (600, 620))}).width == 310  # no larger than beside others
+    with pytest.raises(UsageError, match="needs a picture"):
+        sheet({})
 
 
 def test_save_png(tmp_path: Path) -> None:

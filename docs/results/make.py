@@ -1,15 +1,25 @@
 """Writes docs/results.md from the result files beside this script; with arguments, adds the rows of these files first.
 
 gankit bench ring && python docs/results/make.py benches/ring/results.json
+
+Beside a suite's tables stands what a person has to say of them, ``notes/<suite>.md``, and the pictures
+``pictures/<suite>-<data>.png``, which are ``samples-<data>.png`` of the suite's folder.
 """
 
+import math
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from markdown.extensions.toc import slugify
 
 from gankit import bench, results
 from gankit.errors import UsageError
 from gankit.files import write_atomic
+from gankit.provenance import metric_of
 from gankit.rundir import to_json
+from gankit.terminal import shown
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "results.md"
@@ -20,16 +30,70 @@ Every table below is made from a committed file in [docs/results](results), whic
 a paper's protocol; the line under its title says which, and rows of different protocols are not comparable.
 """
 NOTES = HERE / "notes"
+PICTURES = HERE / "pictures"
+# gankit's recipe for each suite, for the first table
+RECIPES = {
+    "ring": "r3gan",
+    "grid": "r3gan",
+    "gaussians1200": "r3gan",
+    "stacked-mnist": "r3gan",
+    "heavy-mode": "r3gan_products",
+    "pairwise": "pairwise_gp",
+}
 
 
 def page() -> str:
-    """The whole page; what a person has to say of a suite's results comes from ``notes/<suite>.md``."""
-    parts = [HEAD]
-    for path in sorted(HERE.glob("*.json")):
-        suite, rows = results.load(path)
-        note = NOTES / f"{path.stem}.md"
-        parts.append(results.markdown(suite, rows) + (f"\n{note.read_text().strip()}\n" if note.exists() else ""))
+    """The whole page."""
+    known = {path.stem: results.load(path) for path in sorted(HERE.glob("*.json"))}
+    parts = [HEAD, at_a_glance(known)]
+    for name, (suite, rows) in known.items():
+        drawn = {data: PICTURES / f"{name}-{data}.png" for data in suite.data}
+        shown = {data: f"results/pictures/{path.name}" for data, path in drawn.items() if path.exists()}
+        note = NOTES / f"{name}.md"
+        parts.append(
+            results.markdown(suite, rows, shown) + (f"\n{note.read_text().strip()}\n" if note.exists() else "")
+        )
     return "\n".join(parts)
+
+
+def at_a_glance(known: Mapping[str, tuple[bench.Suite, Sequence[results.Row]]]) -> str:
+    """A table of gankit's recipes: each beside its baseline, the best published row of the data set, and the true data."""
+    lines = ["| data | without it | best published | gankit | true data |", "| --- | --- | --- | --- | --- |"]
+    for name, recipe in RECIPES.items():
+        suite, rows = known[name]
+        tables = results.tabulate(suite, rows)
+        for data in suite.data:
+            found = {line.method: (table, line) for table in tables if table.data == data for line in table.lines}
+            table, line = found[recipe]
+            base = _means(*found[suite.baseline], line.steps) if suite.baseline in found else "-"
+            papers = [row for other, _ in known.values() for row in other.published if row["data"] == data]
+            best = min(papers, key=lambda row: (row.get("reverse_kl", math.inf), -row["modes"]), default=None)
+            paper = "-" if best is None or name != data else f"{best['source']}: {_values(best)}"
+            link = f"[{data}{'' if name == data else f', suite {name}'}](#{slugify(suite.title, '-')})"
+            cells = [link, base, paper, _means(table, line, line.steps), _values(table.truth)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n\n".join(["## At a glance", "\n".join(lines), LEGEND]) + "\n"
+
+
+LEGEND = """Modes captured, samples of high quality, reverse KL to equal shares of the modes (heavy-mode: how many times the
+worst share is off), as means over seeds. The best published row is that of the lowest KL in the papers' tables, or of the
+most modes where none is stated. The sections of the suites have intervals, tests, and the other methods."""
+WORDS = {"modes": "{} modes", "high_quality": "{}", "reverse_kl": "KL {}", "worst_share_ratio": "{} times off"}
+
+
+def _means(table: results.Table, line: results.Line, steps: int) -> str:
+    found = {name: line.estimates[name].mean for name in results.chosen(table) if name in line.estimates}
+    length = "" if line.steps == steps else f", {line.steps:,} steps"
+    return f"`{line.method}`, {line.seeds} seed{'s' * (line.seeds != 1)}{length}: {_values(found)}"
+
+
+def _values(found: Mapping[str, Any]) -> str:
+    known = {metric_of(name): value for name, value in found.items() if value is not None}
+    words = {
+        name: f"{known[name]:.4g}" if name == "modes" else shown(name, known[name]) for name in WORDS if name in known
+    }
+    text = ", ".join(WORDS[name].format(word) for name, word in words.items())
+    return text.replace("1 modes", "1 mode") if known.get("modes") == 1 else text
 
 
 def merged(*paths: Path) -> tuple[bench.Suite, list[results.Row]]:
