@@ -48,10 +48,10 @@ def page() -> str:
     parts = [HEAD, at_a_glance(known)]
     for name, (suite, rows) in known.items():
         drawn = {data: PICTURES / f"{name}-{data}.png" for data in suite.data}
-        shown = {data: f"results/pictures/{path.name}" for data, path in drawn.items() if path.exists()}
+        pictures = {data: f"results/pictures/{path.name}" for data, path in drawn.items() if path.exists()}
         note = NOTES / f"{name}.md"
         parts.append(
-            results.markdown(suite, rows, shown) + (f"\n{note.read_text().strip()}\n" if note.exists() else "")
+            results.markdown(suite, rows, pictures) + (f"\n{note.read_text().strip()}\n" if note.exists() else "")
         )
     return "\n".join(parts)
 
