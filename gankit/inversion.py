@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gankit import pictures
 from gankit.config import Device
 from gankit.errors import UsageError
-from gankit.gan import GAN, Latent, derive_seed
+from gankit.gan import GAN, Latent, derive_seed, seeded
 from gankit.joint import CHUNK, has_encoder, reconstruct
 from gankit.provenance import column
 from gankit.run import Reporter, load, read_data
@@ -136,15 +136,18 @@ def measured(
     """The mean residual of IvOM, ``ivom@...``, and where there is an encoder the mean error of G(E(x)).
 
     x: held-out samples (N, \\*shape) on the GAN's device; data: the name of their data set, part of the columns' names.
-    The averaged G is asked where there is one. See :func:`ivom` for steps and restarts; seed: of its starts.
+    The averaged G is asked where there is one. See :func:`ivom` for steps and restarts; seed: of its starts, and of the
+    noise that a network draws from torch's global generator.
     """
-    stream = torch.Generator(gan.device).manual_seed(derive_seed(seed, "invert"))
-    nearest = ivom(gan.sampled, x, gan.latent, steps=steps, restarts=restarts, generator=stream)
+    with seeded(seed, "invert"):
+        stream = torch.Generator(gan.device).manual_seed(derive_seed(seed, "invert"))
+        nearest = ivom(gan.sampled, x, gan.latent, steps=steps, restarts=restarts, generator=stream)
+        reconstruction = reconstruct(gan, x) if has_encoder(gan) else None
     facts: dict[str, object] = {"n": len(x), "split": "test", "data": data}
     abouts = {"ivom": facts | {"steps": steps, "restarts": restarts, "rate": RATE}}
-    values, reconstruction = {"ivom": nearest.residuals.mean().item()}, None
-    if has_encoder(gan):
-        abouts["reconstruction_error"], reconstruction = facts, reconstruct(gan, x)
+    values = {"ivom": nearest.residuals.mean().item()}
+    if reconstruction is not None:
+        abouts["reconstruction_error"] = facts
         values["reconstruction_error"] = (reconstruction - x).square().mean().item()
     names = {metric: column(metric, about) for metric, about in abouts.items()}
     return Measured(

@@ -5,7 +5,7 @@ import copy
 import itertools
 import math
 import traceback
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
 
@@ -18,9 +18,11 @@ from torch.nn.utils import parameters_to_vector
 
 from gankit import GAN, Latent, UsageError, View, hookimpl, loop, train
 from gankit.gan import derive_seed
+from gankit.inversion import measured
 from gankit.loop import update
 from gankit.losses import make
 from gankit.testing import run, tiny_gan
+from gankit.training import measure
 
 
 @pytest.mark.parametrize("kind", ["vector", "image"])
@@ -145,6 +147,27 @@ def test_samples_of_a_network_that_draws_are_the_same_each_time_and_shift_nothin
     other = torch.Generator().manual_seed(4)
     more = gan.latent.draw(5, torch.Generator().manual_seed(4))
     assert not torch.allclose(gan.draw(5, other) - gan.generator.body(more), noise, atol=1e-3)
+
+
+def test_so_is_all_that_is_measured_of_it() -> None:
+    """IvOM and G(E(x)) ask G themselves, and not through ``draw``."""
+
+    class Asks:
+        @hookimpl
+        def evaluate(self, gan: GAN, draw: Callable[[int], Tensor], step: int | None) -> dict[str, float]:
+            return {"asked": gan.generate(torch.zeros(1, gan.latent.dim)).sum().item()}
+
+    gan = tiny_gan(plugins={"asks": Asks()}, generator=Noisy)
+    state = torch.get_rng_state()
+    first = measure(gan)
+    torch.rand(3)
+    assert measure(gan) == first
+    torch.set_rng_state(state)
+    measure(gan)
+    assert torch.equal(torch.get_rng_state(), state)
+    found, again = (measured(gan, torch.zeros(4, *gan.shape), "zeros", steps=2, seed=1) for _ in range(2))
+    assert torch.equal(found.nearest.residuals, again.nearest.residuals)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_building_leaves_the_global_generator_alone() -> None:
