@@ -1,4 +1,4 @@
-"""A small classifier of MNIST's digits, trained here once and kept: who counts the modes of stacked MNIST.
+"""A small classifier of MNIST's digits, the same on every machine: who counts the modes of stacked MNIST.
 
 Also the feature extractor of choice for images of digits, on which networks made for photographs say little.
 """
@@ -22,6 +22,7 @@ from gankit.files import cache_folder, write_atomic
 from gankit.gan import seeded
 from gankit.provenance import hash_of
 
+SHIPPED = Path(__file__).parent / "weights"
 FEATURES = 128  # per image of one digit
 SIZE = 28
 RECIPE = "1: conv 16-32-64, 128 features; AdamW 0.005, 2 epochs of batches of 128, shifts of 1 pixel, seed 0"
@@ -74,17 +75,20 @@ class Classifier(nn.Module):
 
 
 def digits(data_root: str | None = None, progress: Progress | None = None) -> Classifier:
-    """The classifier of MNIST's digits, in evaluation mode on the CPU: trained at the first call, then from the cache.
+    """The classifier of MNIST's digits, in evaluation mode on the CPU.
 
-    data_root: where the files of MNIST lie, as for ``load("mnist")``. progress: called with (step, steps) in training.
-    Training takes about half a minute of one CPU core, on one thread and with random numbers of its own, so that a machine
-    always gets the same weights; nobody else's random numbers are touched. The file in ``cache_folder()`` belongs to
-    these very images and this recipe; one that is broken is made anew. UsageError where MNIST cannot be found.
+    data_root: where the files of MNIST lie, as for ``load("mnist")``. That of MNIST itself comes with gankit: what `train`
+    makes differs in its last bits from processor to processor, and scores by two classifiers are not comparable. For any
+    other images one is trained at the first call and kept in ``cache_folder()``, in a file that belongs to these very
+    images and this recipe; one that is broken is made anew. progress: called with (step, steps) in training, which takes
+    about half a minute of one CPU core, on one thread and with random numbers of its own, so that a machine always gets
+    the same weights; nobody else's random numbers are touched. UsageError where MNIST cannot be found.
     """
     parts = dict(zip(("x", "y", "test_x", "test_y"), read_files(find_files(data_root), None, None), strict=True))
     data = hash_of(parts)
-    path = cache_folder() / "classifier" / f"digits-{data}-{RECIPE.partition(':')[0]}.safetensors"
-    if (known := _read(path)) is not None:
+    name = f"digits-{data}-{RECIPE.partition(':')[0]}.safetensors"
+    path = cache_folder() / "classifier" / name
+    if (known := _read(SHIPPED / name) or _read(path)) is not None:
         return known
     made = train(parts["x"], parts["y"], progress)
     made.accuracy = (made.labels(scaled(parts["test_x"])).squeeze(1) == parts["test_y"]).double().mean().item()

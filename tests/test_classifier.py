@@ -169,12 +169,40 @@ def test_the_cache_folder(
     assert cache_folder() == Path(expected)
 
 
-@pytest.mark.skipif(not REAL, reason="the variable GANKIT_DATA, the folder with the true MNIST, is not set")
-def test_99_percent_of_the_true_test_digits_in_about_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_one_that_comes_with_gankit_is_whole_and_of_this_recipe() -> None:
+    (path,) = classifier.SHIPPED.iterdir()
+    with safetensors.safe_open(path, framework="pt") as file:
+        facts = file.metadata()
+    assert facts["recipe"] == classifier.RECIPE
+    assert path.name == f"digits-{facts['data']}-{classifier.RECIPE.partition(':')[0]}.safetensors"
+    found = classifier._read(path)
+    assert found is not None and found.hash == facts["hash"] and found.accuracy > 0.99
+
+
+needs_mnist = pytest.mark.skipif(not REAL, reason="the variable GANKIT_DATA, the folder with the true MNIST, is not set")
+
+
+@needs_mnist
+def test_of_mnist_itself_nobody_trains_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GANKIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(classifier, "train", lambda *_: pytest.fail("trained although it comes with gankit"))
+    known = digits(REAL)
+    assert not list(tmp_path.iterdir())
+    data = load("mnist", data_root=REAL)
+    right = known.labels(data.held_out(10_000))[:, 0] == data.held_out_labels
+    assert known.accuracy == right.double().mean().item()
+
+
+@needs_mnist
+def test_its_recipe_makes_it_again_in_about_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to what the processor makes of its sums: on the 10,000 test digits both agree as two trainings do."""
+    monkeypatch.setenv("GANKIT_CACHE", str(tmp_path / "cache"))
+    shipped = digits(REAL)
+    monkeypatch.setattr(classifier, "SHIPPED", tmp_path)
     started = time.process_time()
     made = digits(REAL)
     assert time.process_time() - started < 120  # 34 s of one core of the machine it was written on
     assert made.accuracy >= 0.99
     data = load("mnist", data_root=REAL)
-    assert (made.labels(data.held_out(10_000))[:, 0] == data.held_out_labels).double().mean() == made.accuracy
+    images = data.held_out(10_000)
+    assert (made.labels(images) == shipped.labels(images)).double().mean() > 0.992
