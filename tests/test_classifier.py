@@ -179,7 +179,9 @@ def test_the_one_that_comes_with_gankit_is_whole_and_of_this_recipe() -> None:
     assert found is not None and found.hash == facts["hash"] and found.accuracy > 0.99
 
 
-needs_mnist = pytest.mark.skipif(not REAL, reason="the variable GANKIT_DATA, the folder with the true MNIST, is not set")
+needs_mnist = pytest.mark.skipif(
+    not REAL, reason="the variable GANKIT_DATA, the folder with the true MNIST, is not set"
+)
 
 
 @needs_mnist
