@@ -35,7 +35,7 @@ from torch import Tensor
 
 from gankit.contract import watched
 from gankit.data import Dataset
-from gankit.gan import GAN, derive_seed
+from gankit.gan import GAN, derive_seed, seeded
 from gankit.hookspecs import hookimpl
 from gankit.joint import has_encoder, reconstruct
 from gankit.losses import BOTH_SIDES
@@ -83,9 +83,12 @@ class Signals:
             sizes = {"train": min(self.shown, len(self.real)), "held_out": min(self.shown, len(self.held_out))}
             self.write({"step": None, "n": self.n, **self.of(self.held_out), **sizes})
             return
-        samples = draw(self.n)
-        inverted = self.of_encoder(gan, samples) if has_encoder(gan) else {}
-        self.write({"step": step, "n": self.n, **self.of(samples), **inverted, **self.of_players(gan)})
+        # networks that draw from torch's global generator train on as if nobody had looked
+        with seeded(gan.seed, "signals"):
+            samples = draw(self.n)
+            inverted = self.of_encoder(gan, samples) if has_encoder(gan) else {}
+            row = {"step": step, "n": self.n, **self.of(samples), **inverted, **self.of_players(gan)}
+        self.write(row)
 
     def of(self, samples: Tensor) -> dict[str, Any]:
         """What samples (N, \\*shape) say by themselves, beside training samples."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from gankit import metrics, pictures, plane
 from gankit.data import Dataset
 from gankit.errors import Diverged
-from gankit.gan import GAN, derive_seed, seeded
+from gankit.gan import GAN, derive_seed
 from gankit.hookspecs import hookimpl
 from gankit.provenance import metric_of
 from gankit.rundir import RunDir
@@ -264,14 +264,13 @@ class Evaluator:
 def measure(gan: GAN, truth: Dataset | None = None) -> dict[str, float]:
     """All metrics of all ``evaluate`` hooks on the GAN as it is; always from the same latents.
 
-    Networks that draw from torch's global generator meet the same noise each time, and train on as if nobody had looked.
     ``truth``: of this data set's training samples in the generator's place, which is what a perfect generator would get.
     """
 
     def draw(n: int) -> Tensor:
         return gan.draw(n, torch.Generator(gan.device).manual_seed(derive_seed(gan.seed, "evaluate")))
 
-    with gan.manager.meter.paused(), seeded(gan.seed, "evaluate"):
+    with gan.manager.meter.paused():
         if truth is None:
             found = gan.hook.evaluate(gan=gan, draw=draw, step=gan.step)
         else:
