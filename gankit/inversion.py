@@ -139,7 +139,8 @@ def measured(
     The averaged G is asked where there is one. See :func:`ivom` for steps and restarts; seed: of its starts, and of the
     noise that a network draws from torch's global generator.
     """
-    with seeded(seed, "invert"):
+    # other numbers than the starts have, which are from the same seed
+    with seeded(seed, "invert", "noise"):
         stream = torch.Generator(gan.device).manual_seed(derive_seed(seed, "invert"))
         nearest = ivom(gan.sampled, x, gan.latent, steps=steps, restarts=restarts, generator=stream)
         reconstruction = reconstruct(gan, x) if has_encoder(gan) else None

@@ -207,4 +207,5 @@ def test_its_recipe_makes_it_again_in_about_a_minute(tmp_path: Path, monkeypatch
     assert made.accuracy >= 0.99
     data = load("mnist", data_root=REAL)
     images = data.held_out(10_000)
+    assert (made.labels(images)[:, 0] == data.held_out_labels).double().mean() == made.accuracy
     assert (made.labels(images) == shipped.labels(images)).double().mean() > 0.99

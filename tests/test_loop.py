@@ -16,7 +16,7 @@ from pairs import IN_TREE, KINDS, SETTINGS, load
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
-from gankit import GAN, Latent, UsageError, View, hookimpl, loop, train
+from gankit import GAN, Latent, Player, UsageError, View, hookimpl, loop, train
 from gankit.gan import derive_seed
 from gankit.inversion import measured
 from gankit.loop import update
@@ -151,9 +151,16 @@ def test_samples_of_a_network_that_draws_are_the_same_each_time_and_shift_nothin
 def test_so_is_what_is_found_by_inversion() -> None:
     """IvOM and G(E(x)) ask G themselves, and not through ``draw``."""
 
-    gan, state = tiny_gan(generator=Noisy), torch.get_rng_state()
+    class Encodes:
+        @hookimpl
+        def players(self, gan: GAN) -> dict[str, Player]:
+            return {"encoder": Player(nn.Linear(gan.shape[0], gan.latent.dim), phase="g")}
+
+    gan, state = tiny_gan(plugins={"encodes": Encodes()}, generator=Noisy), torch.get_rng_state()
     found, again = (measured(gan, torch.zeros(4, *gan.shape), "zeros", steps=2, seed=1) for _ in range(2))
     assert torch.equal(found.nearest.residuals, again.nearest.residuals)
+    assert found.reconstruction is not None and again.reconstruction is not None
+    assert torch.equal(found.reconstruction, again.reconstruction)
     assert torch.equal(torch.get_rng_state(), state)
 
 
