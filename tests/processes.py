@@ -1,4 +1,4 @@
-"""Two processes that train together, for tests/test_distributed.py: a module that the processes can import, too."""
+"""Processes of their own that train, alone or two together: a module that the processes can import, too."""
 
 from __future__ import annotations
 
@@ -47,14 +47,25 @@ def process(rank: int, size: int, port: int, folder: Path, act: Callable[..., No
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     counts = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
     os.environ.update({**address, **{name: str(count) for name, count in counts.items()}})
-    here = folder / str(rank)
-    here.mkdir(exist_ok=True)
-    os.chdir(here)
+    (folder / str(rank)).mkdir(exist_ok=True)
+    inside(folder / str(rank), act, *arguments)
+
+
+def inside(folder: Path, act: Callable[..., None], *arguments: Any) -> None:
+    """Act in a folder and write what is printed into its file "output"."""
+    os.chdir(folder)
     output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for descriptor in (1, 2):
         os.dup2(output, descriptor)
     torch.set_num_threads(1)
     act(*arguments)
+
+
+def alone(*arguments: str) -> Any:
+    """A command in a process of its own that works in this one's folder, as ``python -m gankit`` runs it; started."""
+    made = CONTEXT.Process(target=inside, args=(Path.cwd(), command, *arguments))
+    made.start()
+    return made
 
 
 def start(folder: Path, act: Callable[..., None], *arguments: Any, size: int = 2) -> list[Any]:

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -196,14 +195,12 @@ def test_of_mnist_itself_nobody_trains_another(tmp_path: Path, monkeypatch: pyte
 
 
 @needs_mnist
-def test_its_recipe_makes_it_again_in_about_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_recipe_makes_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to what the processor makes of its sums: on the 10,000 test digits both agree as two trainings do."""
     monkeypatch.setenv("GANKIT_CACHE", str(tmp_path / "cache"))
     shipped = digits(REAL)
     monkeypatch.setattr(classifier, "SHIPPED", tmp_path)
-    started = time.process_time()
-    made = digits(REAL)
-    assert time.process_time() - started < 120  # 34 s of one core of the machine it was written on
+    made = digits(REAL)  # 34 s of one core of the machine it was written on
     assert made.accuracy >= 0.99
     data = load("mnist", data_root=REAL)
     images = data.held_out(10_000)

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from click.testing import CliRunner, Result
 from PIL import Image
+from processes import alone
 
 from gankit import networks, plugins
 from gankit.cli import main
@@ -114,6 +115,7 @@ def test_a_run_writes_what_it_promises() -> None:
     assert_equal_states(final_state(run), final_state(Path("runs/again")))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_gradient_shares_and_milliseconds_are_measured() -> None:
     gankit("run", "--plugin", "pairwise_gp", *FAST, "--steps", "50", "--log-every", "50")
     (row,) = [json.loads(line) for line in Path("runs/00000-ring-pairwise_gp/stats.jsonl").read_text().splitlines()]
@@ -122,11 +124,10 @@ def test_gradient_shares_and_milliseconds_are_measured() -> None:
 
 
 @pytest.mark.parametrize("name", ["none", *IN_TREE])
-def test_a_continued_run_equals_one_that_never_stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_continued_run_equals_one_that_never_stopped(name: str, request: pytest.FixtureRequest) -> None:
     on = [] if name == "none" else ["--plugin", name]
-    if on:  # three runs that are compared by their weights and metrics: curves and report would take most of the time
-        monkeypatch.setattr("gankit.pictures.curves", lambda *args, **kwargs: None)
-        monkeypatch.setattr("gankit.report.write", lambda *args, **kwargs: Path("report.html"))
+    if on:
+        request.getfixturevalue("undrawn")
     if name in FOR_IMAGES:
         np.save("x.npy", np.random.default_rng(0).integers(0, 256, (40, 32, 32), dtype=np.uint8))
         on += ["--data", "x.npy", *FOR_IMAGES[name]]
@@ -155,23 +156,26 @@ def spawn(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_killed_at_ten_random_moments_ends_in_the_same_weights() -> None:
     settings = ["--plugin", "pairwise_gp", "--batch", "16", "--width", "8", "--steps", "2000", "--save-every", "20",
                 "--eval-every", "60", "--eval-samples", "50", "--keep", "3"]  # fmt: skip
     gankit("run", *settings, "--name", "whole")
-    process = spawn("run", *settings, "--name", "killed")
+    process = alone("run", *settings, "--name", "killed")
     checkpoints = Path("runs/killed/checkpoints")
     when = random.Random(0)
     for _ in range(10):
         before = {p.name for p in checkpoints.glob("step-*")}
-        while process.poll() is None and {p.name for p in checkpoints.glob("step-*")} <= before:
+        while process.is_alive() and {p.name for p in checkpoints.glob("step-*")} <= before:
             time.sleep(0.005)  # until it has got further than the last one
         time.sleep(when.uniform(0, 0.15))
-        assert process.poll() is None, process.stdout and process.stdout.read()
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process = spawn("resume", "killed")
-    assert process.wait() == 0, process.stdout and process.stdout.read()
+        assert process.is_alive(), Path("output").read_text()
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        process = alone("resume", "killed")
+    process.join()
+    assert process.exitcode == 0, Path("output").read_text()
     assert_equal_states(final_state(Path("runs/whole"), 2000), final_state(Path("runs/killed"), 2000))
 
 
@@ -213,6 +217,7 @@ def test_a_finished_run_is_left_alone_until_more_steps_are_asked_for() -> None:
     assert "steps = 14" in Path("runs/r/config.toml").read_text()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_resume_refuses_and_names_what_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     gankit("run", "--plugin", "gradient_penalty", *FAST, "--name", "r")
     config = Path("runs/r/config.toml")
@@ -226,6 +231,7 @@ def test_resume_refuses_and_names_what_changed(monkeypatch: pytest.MonkeyPatch) 
     assert re.search(r"plugins\.gradient_penalty\.version: '.+' -> '9\.9'", message)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_loss_that_is_not_finite_stops_with_step_and_term_and_keeps_the_last_good_checkpoint() -> None:
     Path("bad.py").write_text(
         "from gankit import hookimpl\n"
@@ -242,6 +248,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_term_and_keeps_the_last_g
     assert all(bool(t.isfinite().all()) for t in final_state(Path("runs/r"), 5).values() if t.is_floating_point())
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_sample_and_evaluate() -> None:
     gankit("run", *FAST, "--name", "r")
     assert "64 samples: runs/r/samples.png" in gankit("sample", "r").output
@@ -278,6 +285,7 @@ class Mean:
 """
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_evaluate_adds_plugins_that_measure_and_no_others() -> None:
     Path("own.py").write_text(MEASURING)
     gankit("run", *FAST, "--plugin", "r1", "--name", "r")
@@ -298,6 +306,7 @@ def test_evaluate_adds_plugins_that_measure_and_no_others() -> None:
     assert "--plugin meen is not" in gankit("evaluate", "r", "-p", "own.py:Mean", "-o", "meen.a=1", code=2).output
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_exported_weights_are_ordinary_ones_with_spectral_norm_folded_in() -> None:
     gankit("run", "--plugin", "spectral_norm", *FAST, "--name", "r")
     assert "runs/r/export/generator_ema.safetensors" in gankit("export", "r", "--checkpoint", "latest").output
@@ -324,6 +333,7 @@ def test_dry_run_writes_nothing_and_explain_shows_the_order() -> None:
     assert not Path("runs").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_both_players_move_at_once_where_it_is_asked_for() -> None:
     for name, flags in (("turns", ()), ("once", ("--simultaneous",)), ("again", ("--config", "runs/once/config.toml"))):
         gankit("run", *FAST, *flags, "--name", name)
@@ -382,6 +392,7 @@ def test_an_unwritable_folder_is_one_sentence() -> None:
     assert "cannot read or write /proc/runs" in gankit("run", "--out", "/proc/runs", *FAST, code=2).output
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_disk_that_fills_up_is_one_sentence_and_leaves_a_run_that_can_be_continued() -> None:
     code = (
         "import resource, sys\n"
@@ -434,6 +445,7 @@ def test_json_is_alone_on_standard_output() -> None:
     assert found["truth"]["modes"] == 8
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_ones_own_networks_and_data() -> None:
     Path("mine.py").write_text(
         "import torch\n"
@@ -456,6 +468,7 @@ def test_a_discriminator_that_cannot_score_the_view_is_one_sentence() -> None:
     assert "tensors of shape (16, 2), (16, 1)" in output
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_whose_plugin_is_gone_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
     gankit("run", "--plugin", "r1", "--name", "r", *FAST)
     import gankit.run as running
@@ -467,6 +480,7 @@ def test_a_run_whose_plugin_is_gone_says_which(monkeypatch: pytest.MonkeyPatch) 
         assert "runs/r was made with the plugin 'r1' (gankit-r1 0.1.0), which is not installed" in result.output
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_plugin_knows_how_long_the_run_is() -> None:
     from gankit import GAN, hookimpl
     from gankit.testing import run
