@@ -7,7 +7,7 @@ JOBS ?= auto
 BIN := $(VENV)/bin
 MANIFESTS := requirements-dev.txt pyproject.toml $(wildcard plugins/*/pyproject.toml)
 
-.PHONY: run test test-browser conformance check docs format bench clean
+.PHONY: run test test-browser conformance check style docs format bench clean
 .DEFAULT_GOAL := test
 
 $(VENV)/installed: $(MANIFESTS)
@@ -18,11 +18,12 @@ $(VENV)/installed: $(MANIFESTS)
 run: $(VENV)/installed
 	$(BIN)/gankit run --plugin pairwise_gp
 
-check: $(VENV)/installed
+check: style docs
+
+style: $(VENV)/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(MAKE) --no-print-directory docs
 
 docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
