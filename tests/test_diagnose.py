@@ -413,6 +413,7 @@ def every_suggestion(config: Config, kind: str, path: str = "RUN") -> dict[str, 
     return commands
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -559,6 +560,7 @@ def test_a_run_that_stopped_is_diagnosed() -> None:
 
 
 @pytest.mark.usefixtures("elsewhere")
+@pytest.mark.usefixtures("undrawn")
 def test_a_continued_run_has_the_signs_of_one_that_never_stopped() -> None:
     gankit("run", *FAST, "--data", "p.npy", "--name", "whole")
     gankit("run", *FAST, "--data", "p.npy", "--name", "parts")
