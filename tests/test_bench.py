@@ -554,7 +554,9 @@ def test_a_published_result_is_of_the_shipped_suite(path: Path) -> None:
     for row in rows:
         seeds.setdefault((row.data, row.method), []).append(row.seed)
     cells = {(c.data, c.method) for c in suite.cells()}
-    missing = {("gaussians1200", "gan"), ("ring", "pacgan2_alternating")}  # not measured, as their notes say
+    missing = {  # not measured, as their notes say
+        ("gaussians1200", "gan"), ("gaussians1200", "ali"), ("ring", "pacgan2_alternating")
+    }  # fmt: skip
     assert cells - missing <= seeds.keys() <= cells
     for cell, trained in seeds.items():  # not all methods need as many seeds, but none may be picked
         assert sorted(trained) == list(range(len(trained))), cell
