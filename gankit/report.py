@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gankit import figures, plane, results
+from gankit import figures, plane
 from gankit.config import read_toml
 from gankit.errors import UsageError
 from gankit.figures import Panel, Series, data_uri
@@ -100,8 +100,12 @@ def find(given: Sequence[str], out: str = "runs") -> tuple[list[RunDir], str]:
 
 def benchmarks(given: Sequence[str]) -> list[dict[str, Any]]:
     """The tables of those folders that are a benchmark's, as :func:`gankit.results.section` gives them."""
-    files = [Path(name) / "results.json" for name in given]
-    return [results.section(*results.load(file)) for file in files if file.is_file()]
+    files = [file for name in given if (file := Path(name) / "results.json").is_file()]
+    if not files:
+        return []
+    from gankit import results  # scipy takes a second, and a run ends with a report that has no tables
+
+    return [results.section(*results.load(file)) for file in files]
 
 
 def _members(folder: Path) -> list[RunDir]:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from scipy import stats
 
 from gankit import config as configuration
 from gankit import inversion
@@ -132,8 +133,6 @@ def estimate(values: Sequence[float]) -> Estimate:
     mean, n = statistics.fmean(values), len(values)
     if n < 2 or len(set(values)) == 1:
         return Estimate(mean, mean if n > 1 else math.nan, mean if n > 1 else math.nan, n)
-    from scipy import stats  # here, because it takes a second and the report of a single run has no use for it
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # it gives nan, and the next method is asked
         for method in ("BCa", "percentile"):
@@ -158,8 +157,6 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> tuple[
     differences = np.asarray([values[s] - baseline[s] for s in seeds])
     if not differences.any():
         return 0.0, 1.0, len(seeds)
-    from scipy import stats
-
     found = stats.permutation_test(
         (differences, np.zeros_like(differences)), lambda a, b: float(np.mean(a - b)), permutation_type="samples",
         n_resamples=RESAMPLES, rng=np.random.default_rng(0),

@@ -62,7 +62,7 @@ def inside(folder: Path, act: Callable[..., None], *arguments: Any) -> None:
 
 
 def alone(*arguments: str) -> Any:
-    """A command in a process of its own that works in this one's folder, as ``python -m gankit`` runs it; started."""
+    """A command in a process of its own, which works in this one's folder and is started when this returns."""
     made = CONTEXT.Process(target=inside, args=(Path.cwd(), command, *arguments))
     made.start()
     return made

@@ -559,8 +559,7 @@ def test_a_run_that_stopped_is_diagnosed() -> None:
     assert "not looked at: not finite: nothing was logged yet" in gankit("diagnose", "r").output
 
 
-@pytest.mark.usefixtures("elsewhere")
-@pytest.mark.usefixtures("undrawn")
+@pytest.mark.usefixtures("elsewhere", "undrawn")
 def test_a_continued_run_has_the_signs_of_one_that_never_stopped() -> None:
     gankit("run", *FAST, "--data", "p.npy", "--name", "whole")
     gankit("run", *FAST, "--data", "p.npy", "--name", "parts")

@@ -123,11 +123,10 @@ def test_gradient_shares_and_milliseconds_are_measured() -> None:
     assert 0 < row["ms/pairwise_gp"] < 20 * row["ms/step"]
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("name", ["none", *IN_TREE])
-def test_a_continued_run_equals_one_that_never_stopped(name: str, request: pytest.FixtureRequest) -> None:
+def test_a_continued_run_equals_one_that_never_stopped(name: str) -> None:
     on = [] if name == "none" else ["--plugin", name]
-    if on:
-        request.getfixturevalue("undrawn")
     if name in FOR_IMAGES:
         np.save("x.npy", np.random.default_rng(0).integers(0, 256, (40, 32, 32), dtype=np.uint8))
         on += ["--data", "x.npy", *FOR_IMAGES[name]]
