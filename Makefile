@@ -5,6 +5,9 @@ PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= auto
 BIN := $(VENV)/bin
+# all distributions here are built by flit: one installed for all takes a quarter less time than one fetched for each;
+# bytecode is made of what is imported, when it is
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 MANIFESTS := requirements-dev.txt pyproject.toml $(wildcard plugins/*/pyproject.toml)
 
 .PHONY: run test test-browser conformance check style docs format bench clean
@@ -12,7 +15,8 @@ MANIFESTS := requirements-dev.txt pyproject.toml $(wildcard plugins/*/pyproject.
 
 $(VENV)/installed: $(MANIFESTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PIP) "$$(grep ^flit_core requirements-dev.txt)"
+	$(PIP) --no-build-isolation --no-compile -r requirements-dev.txt
 	touch $@
 
 run: $(VENV)/installed

@@ -5,8 +5,6 @@ Also the feature extractor of choice for images of digits, on which networks mad
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import safetensors
@@ -19,7 +17,7 @@ from gankit.data import Progress
 from gankit.data.dataset import scaled
 from gankit.data.digits import find_files, read_files
 from gankit.files import cache_folder, write_atomic
-from gankit.gan import seeded
+from gankit.gan import one_thread, seeded
 from gankit.provenance import hash_of
 
 SHIPPED = Path(__file__).parent / "weights"
@@ -125,7 +123,7 @@ def train(x: Tensor, y: Tensor, progress: Progress | None = None) -> Classifier:
     per_epoch = len(x) // batch
     steps, step = EPOCHS * per_epoch, 0
     generator = torch.Generator().manual_seed(0)
-    with seeded(0, "classifier"), _one_thread():
+    with seeded(0, "classifier"), one_thread():
         made = Classifier()
         optimizer = torch.optim.AdamW(made.parameters(), lr=RATE, weight_decay=1e-2)
         for _ in range(EPOCHS):
@@ -146,14 +144,3 @@ def train(x: Tensor, y: Tensor, progress: Progress | None = None) -> Classifier:
 
 def _rate(done: float) -> float:
     return min(done / WARMUP, (1 - done) / (1 - WARMUP))
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """The order of sums, and so the last bits, depends on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

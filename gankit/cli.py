@@ -653,11 +653,8 @@ def check(target: str, option: tuple[str, ...], only: tuple[str, ...], as_json: 
     """
     name = find(target).name  # a target that cannot be found is told without waiting for torch
     given = dict(_split(text.removeprefix(f"{name}."), "-o") for text in option)
-    import torch
-
     from gankit.conformance import checks_of
 
-    torch.set_num_threads(1)  # small networks are fastest on one
     results = []
     for one in checks_of(target, given, only):
         if not as_json and sys.stdout.isatty():

@@ -72,9 +72,22 @@ def seeded(seed: int, *names: str) -> Iterator[None]:
     Modules initialise themselves from the global generator; this is the one place where it is used.
     """
     cuda = range(torch.cuda.device_count())
+    # without an accelerator, torch.manual_seed would remember this call, and who made it, for one that may yet come
+    seed_all = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
     with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(derive_seed(seed, *names))
+        seed_all(derive_seed(seed, *names))
         yield
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for the block: fastest for small networks, and the order of sums, and so the last bits, is fixed."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def call_with_accepted(factory: Callable[..., Any], **known: Any) -> Any:

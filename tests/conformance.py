@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
 from broken import Plugin, all_broken
 from torch import Tensor, nn
 
@@ -41,7 +40,6 @@ def caught_by_its_own(cls: type[Plugin]) -> str:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     wrong = [f"{name}: {line}" for name in IN_TREE for line in failures(name).values()]
     if "--in-tree" not in sys.argv:
         wrong += filter(None, map(caught_by_its_own, all_broken()))

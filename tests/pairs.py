@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from gankit import UsageError
 from gankit.loop import update
-from gankit.plugins import create
+from gankit.options import build
+from gankit.plugins import find
 from gankit.testing import Log, run, tiny_gan
 
 ROOT = Path(__file__).parents[1]
@@ -24,9 +26,12 @@ SETTINGS: dict[str, dict[str, Any]] = {"weight_clipping": {"loss": "wasserstein"
 TERM_HOOKS = ("pre_d_loss", "post_g_loss")
 
 
+found = cache(find)  # which looks through all that is installed
+
+
 def load(names: tuple[str, ...]) -> dict[str, object]:
     """Fresh plugins by name, in this order."""
-    return create(names, {name: OPTIONS[name] for name in names if name in OPTIONS})[0]
+    return {name: build(found(name).factory, OPTIONS.get(name, {}), name) for name in names}
 
 
 def muted(plugin: object) -> object | None:

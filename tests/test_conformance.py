@@ -93,9 +93,7 @@ class Mine:
 
 
 def call(*arguments: str) -> tuple[int, str]:
-    threads = torch.get_num_threads()
     result = CliRunner().invoke(main, ["check", *arguments])
-    torch.set_num_threads(threads)
     return result.exit_code, result.output
 
 
@@ -111,6 +109,23 @@ def test_the_command_prints_a_line_per_check_and_exits_with_1_if_one_fails(tmp_p
     file.write_text(MINE.replace("NAME", '"loss"'))
     code, output = call(f"{file}:Mine", "--only", "names")
     assert code == 1 and "FAILED  names: the D term 'loss' does not begin with the plugin's name, 'mine' -- " in output
+
+
+def test_checks_run_on_one_thread_whoever_calls_them() -> None:
+    before, seen = torch.get_num_threads(), []
+
+    class Mine(Plugin):
+        @hookimpl
+        def post_step(self) -> None:
+            seen.append(torch.get_num_threads())
+
+    try:
+        torch.set_num_threads(2)
+        for check in checks_of(Mine, {}, ["same_seed"]):
+            assert check.result().status == "ok"
+        assert {*seen} == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_json_is_a_list_of_what_was_found() -> None:

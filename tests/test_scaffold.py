@@ -19,6 +19,7 @@ from gankit.plugins import find
 from gankit.scaffold import KINDS, LICENSES, render, write
 
 ROOT = Path(__file__).parents[1]
+WHEELS = ("pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", "dist")
 
 
 @pytest.fixture(scope="module")
@@ -37,28 +38,33 @@ def call(python: Path, *arguments: str, cwd: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_rendered_project_is_publishable(kind: str, python: Path, tmp_path: Path) -> None:
-    name = f"my_{kind.replace('-', '_')}"
-    result = CliRunner().invoke(main, ["new-plugin", name, "--kind", kind, "--to", str(tmp_path / "project")])
-    assert result.exit_code == 0, result.output
-    project = tmp_path / "project"
-    wheels = ("pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", "dist", ".")
-    call(python, *wheels, cwd=project)
-    (wheel,) = (project / "dist").glob("*.whl")
-    call(python, "pip", "install", "--quiet", "--no-deps", str(wheel), cwd=project)
-    assert " passed" in call(python, "pytest", "-q", cwd=project)
-    call(python, "ruff", "check", "--isolated", "--select", "E,F,I,UP,B", "--line-length", "120", ".", cwd=project)
-    call(python, "ruff", "format", "--isolated", "--line-length", "120", "--check", ".", cwd=project)
-    examples = re.findall(r"^```python\n(.*?)^```", (project / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert len(examples) == (1 if kind == "evaluate" else 2)
-    (project / "example.py").write_text("\n".join(examples))
-    call(python, "example", cwd=project)
-    assert name in call(python, "gankit", "plugins", cwd=tmp_path)
-    assert " 0 failed" in call(python, "gankit", "check", name, cwd=tmp_path)
-    assert "finished" in call(
-        python, "gankit", "run", "--plugin", name, "--steps", "3", "--eval-samples", "50", cwd=tmp_path
-    )
+def test_rendered_projects_are_publishable(python: Path, tmp_path: Path) -> None:
+    """All kinds in one environment, so that what has to import torch does it once for all of them."""
+    names = {kind: f"my_{kind.replace('-', '_')}" for kind in KINDS}
+    for kind, name in names.items():
+        result = CliRunner().invoke(main, ["new-plugin", name, "--kind", kind, "--to", str(tmp_path / name)])
+        assert result.exit_code == 0, result.output
+    projects = [f"./{name}" for name in names.values()]
+    call(python, *WHEELS, *projects, cwd=tmp_path)
+    wheels = [str(path) for path in (tmp_path / "dist").glob("*.whl")]
+    assert len(wheels) == len(KINDS)
+    call(python, "pip", "install", "--quiet", "--no-deps", *wheels, cwd=tmp_path)
+    passed = call(python, "pytest", "-q", "-rA", "--rootdir", ".", *projects, cwd=tmp_path)
+    assert all(f"PASSED {name}/tests/test_{name}.py::" in passed for name in names.values()), passed
+    for kind, name in names.items():
+        readme = (tmp_path / name / "README.md").read_text()
+        examples = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+        assert len(examples) == (1 if kind == "evaluate" else 2)
+        for lint in (("check", "--select", "E,F,I,UP,B"), ("format", "--check")):
+            call(python, "ruff", *lint, "--isolated", "--line-length", "120", ".", cwd=tmp_path / name)
+        (tmp_path / f"example_{name}.py").write_text("\n".join(examples))
+    (tmp_path / "examples.py").write_text("\n".join(f"import example_{name}" for name in names.values()))
+    call(python, "examples", cwd=tmp_path)
+    listed = call(python, "gankit", "plugins", cwd=tmp_path)
+    assert all(name in listed for name in names.values())
+    assert " 0 failed" in call(python, "gankit", "check", names["g-term"], cwd=tmp_path)
+    plugins = [argument for name in names.values() for argument in ("--plugin", name)]
+    assert "finished" in call(python, "gankit", "run", *plugins, "--steps", "3", "--eval-samples", "50", cwd=tmp_path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
