@@ -46,12 +46,12 @@ def muted(plugin: object) -> object | None:
 def terms_by_owner(plugins: dict[str, object], kind: str, settings: dict[str, Any]) -> dict[str, list[float]]:
     """Each plugin's terms in one D update and in one G update, both from the networks' start."""
     found: dict[str, list[float]] = {name: [] for name in plugins}
-    for phase in "dg":
-        log = Log()
-        gan = tiny_gan(kind, plugins, {"log": log}, **settings)
-        update(gan, phase, 1)
-        owners = {name: owner for (_, name), owner in gan.manager.owners.items()}
-        for name, value in log.updates[0][2].items():
+    log = Log()
+    gan = tiny_gan(kind, plugins, {"log": log}, **settings)
+    update(gan, "dg", 1)  # both players' terms are known before either moves
+    owners = {name: owner for (_, name), owner in gan.manager.owners.items()}
+    for _, _, terms in log.updates:
+        for name, value in terms.items():
             if owners[name] in found:
                 found[owners[name]].append(value)
     return found
