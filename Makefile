@@ -10,8 +10,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 MANIFESTS := requirements-dev.txt pyproject.toml $(wildcard plugins/*/pyproject.toml)
 
-.PHONY: run test test-browser conformance check style docs format bench clean
+.PHONY: run test test-browser browser conformance check style docs format bench clean
 .DEFAULT_GOAL := test
+MAKEFLAGS += --jobs=2 # style beside docs: each keeps one core busy
 
 $(VENV)/installed: $(MANIFESTS)
 	$(PYTHON) -m venv $(VENV)
@@ -37,12 +38,14 @@ test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 # what the report's page does in Debian's Chromium, driven by selenium
-test-browser: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "selenium>=4.20"
+test-browser: $(VENV)/installed browser
+	$(PIP) "selenium>=4.20"
+	GANKIT_BROWSER=1 $(BIN)/python -m pytest tests/browser
+
+browser:
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
 	  [ "$$(id -u)" = 0 ] || { echo "as root: apt-get install -y chromium chromium-driver; then again: make test-browser"; exit 1; }; \
 	  apt-get update -qq && apt-get install -y -qq chromium chromium-driver; }
-	GANKIT_BROWSER=1 $(BIN)/python -m pytest tests/browser
 
 # every plugin of this repository through all of `gankit check`
 conformance: $(VENV)/installed
