@@ -12,7 +12,6 @@ MANIFESTS := requirements-dev.txt pyproject.toml $(wildcard plugins/*/pyproject.
 
 .PHONY: run test test-browser browser conformance check style docs format bench clean
 .DEFAULT_GOAL := test
-MAKEFLAGS += --jobs=2 # style beside docs: each keeps one core busy
 
 $(VENV)/installed: $(MANIFESTS)
 	$(PYTHON) -m venv $(VENV)
@@ -23,7 +22,9 @@ $(VENV)/installed: $(MANIFESTS)
 run: $(VENV)/installed
 	$(BIN)/gankit run --plugin pairwise_gp
 
-check: style docs
+# each keeps one core busy
+check:
+	@$(MAKE) --no-print-directory --jobs=2 style docs
 
 style: $(VENV)/installed
 	$(BIN)/ruff check

@@ -17,7 +17,7 @@ from gankit.data import Progress
 from gankit.data.dataset import scaled
 from gankit.data.digits import find_files, read_files
 from gankit.files import cache_folder, write_atomic
-from gankit.gan import one_thread, seeded
+from gankit.gan import seeded, threads
 from gankit.provenance import hash_of
 
 SHIPPED = Path(__file__).parent / "weights"
@@ -123,7 +123,7 @@ def train(x: Tensor, y: Tensor, progress: Progress | None = None) -> Classifier:
     per_epoch = len(x) // batch
     steps, step = EPOCHS * per_epoch, 0
     generator = torch.Generator().manual_seed(0)
-    with seeded(0, "classifier"), one_thread():
+    with seeded(0, "classifier"), threads(1):
         made = Classifier()
         optimizer = torch.optim.AdamW(made.parameters(), lr=RATE, weight_decay=1e-2)
         for _ in range(EPOCHS):

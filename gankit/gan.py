@@ -72,18 +72,21 @@ def seeded(seed: int, *names: str) -> Iterator[None]:
     Modules initialise themselves from the global generator; this is the one place where it is used.
     """
     cuda = range(torch.cuda.device_count())
-    # without an accelerator, torch.manual_seed would remember this call, and who made it, for one that may yet come
-    seed_all = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
     with torch.random.fork_rng(devices=cuda):
-        seed_all(derive_seed(seed, *names))
+        seed_global(derive_seed(seed, *names))
         yield
 
 
+def seed_global(seed: int) -> None:
+    """``torch.manual_seed``, which without an accelerator would keep a stack trace of each call, for one that may come."""
+    (torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed)(seed)
+
+
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread for the block: fastest for small networks, and the order of sums, and so the last bits, is fixed."""
+def threads(n: int) -> Iterator[None]:
+    """CPU threads for the block; one is fastest for small networks, and fixes the order of sums, and so the last bits."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(n)
     try:
         yield
     finally:

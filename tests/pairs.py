@@ -24,14 +24,12 @@ KINDS: dict[str, dict[str, Any]] = {"vector": {}, "image": {"shape": (1, 16, 16)
 OPTIONS: dict[str, dict[str, Any]] = {"unrolled": {"k": 1}, "lecam": {"start": 0}}  # cheap, and on from the first step
 SETTINGS: dict[str, dict[str, Any]] = {"weight_clipping": {"loss": "wasserstein"}}
 TERM_HOOKS = ("pre_d_loss", "post_g_loss")
-
-
-found = cache(find)  # which looks through all that is installed
+located = cache(find)  # which looks through all that is installed
 
 
 def load(names: tuple[str, ...]) -> dict[str, object]:
     """Fresh plugins by name, in this order."""
-    return {name: build(found(name).factory, OPTIONS.get(name, {}), name) for name in names}
+    return {name: build(located(name).factory, OPTIONS.get(name, {}), name) for name in names}
 
 
 def muted(plugin: object) -> object | None:

@@ -111,7 +111,7 @@ def test_the_command_prints_a_line_per_check_and_exits_with_1_if_one_fails(tmp_p
     assert code == 1 and "FAILED  names: the D term 'loss' does not begin with the plugin's name, 'mine' -- " in output
 
 
-def test_checks_run_on_one_thread_whoever_calls_them() -> None:
+def test_checks_have_their_own_number_of_threads_whoever_calls_them() -> None:
     before, seen = torch.get_num_threads(), []
 
     class Mine(Plugin):
@@ -120,10 +120,10 @@ def test_checks_run_on_one_thread_whoever_calls_them() -> None:
             seen.append(torch.get_num_threads())
 
     try:
-        torch.set_num_threads(2)
-        for check in checks_of(Mine, {}, ["same_seed"]):
-            assert check.result().status == "ok"
-        assert {*seen} == {1} and torch.get_num_threads() == 2
+        torch.set_num_threads(3)
+        (check,) = checks_of(Mine, {}, ["same_seed"])
+        assert check.result().status == "ok"
+        assert {*seen} == {1, 2} and torch.get_num_threads() == 3  # two while switches_kept looks on
     finally:
         torch.set_num_threads(before)
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from gankit.conformance import claimed, declared, effects, gradients, state, surroundings, views
 from gankit.conformance.bench import Bench, Failed, Skipped, global_random, sentence
 from gankit.errors import UsageError
-from gankit.gan import one_thread
+from gankit.gan import threads
 from gankit.options import build, closest
 from gankit.plugins import available, find, snake_case
 
@@ -170,7 +170,7 @@ class Check:
         if name in self.bench.claims.waives:
             return Result(name, "skipped", f"waived: {self.bench.claims.waives[name]}")
         try:
-            with one_thread(), global_random(), contextlib.redirect_stdout(io.StringIO()):
+            with threads(1), global_random(), contextlib.redirect_stdout(io.StringIO()):
                 said = self.function(self.bench)
         except Failed as failed:
             return Result(name, "failed", str(failed), failed.mend or mend_of(self.function))

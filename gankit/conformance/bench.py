@@ -17,7 +17,7 @@ from gankit import losses
 from gankit.claims import Claims
 from gankit.contract import PHASES, watched
 from gankit.errors import UsageError
-from gankit.gan import GAN, Latent, Optim, derive_seed
+from gankit.gan import GAN, Latent, Optim, derive_seed, seed_global, threads
 from gankit.loop import TERMS, Terms, total, train
 from gankit.options import build, options_of
 from gankit.plugins import ContractError, manager
@@ -68,7 +68,7 @@ def global_random(seed: int | None = None) -> Iterator[None]:
     state, legacy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         if seed is not None:
-            torch.manual_seed(seed)
+            seed_global(seed)
             np.random.seed(seed)
             random.seed(seed)
         try:
@@ -317,7 +317,12 @@ class Bench:
             manager({self.name: self.plugin()}, {})
         except ContractError as error:
             raise Skipped("it cannot be registered: see hooks and two_instances") from error
-        return [self.once(("record", kind), lambda kind=kind: Record(self, kind)) for kind in self.data]  # type: ignore[misc]
+
+        def record(kind: str) -> Record:
+            with threads(2):  # so that a plugin is seen to set the usual number, one
+                return Record(self, kind)
+
+        return [self.once(("record", kind), lambda kind=kind: record(kind)) for kind in self.data]  # type: ignore[misc]
 
     def trained(self) -> list[Record]:
         """The records of the kinds of data it trains on; raises ``Skipped`` if there is none."""
