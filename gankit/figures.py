@@ -233,5 +233,5 @@ def _layer(figure: Figure, color: str) -> bytes:
 
 def _webp(pixels: np.ndarray[Any, Any]) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "WEBP", lossless=True, quality=30, method=2)
+    Image.fromarray(pixels).save(buffer, "WEBP", lossless=True, quality=0, method=2)
     return buffer.getvalue()

@@ -7,6 +7,7 @@ numbers with equal ones. Where samples are not finite, distances are nan and mod
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -139,7 +140,8 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
 
 def _wasserstein_1d(x: Tensor, y: Tensor) -> Tensor:
     """W1 of each column of x (N, P) and y (M, P), as the integral of |quantile_x - quantile_y| -> (P,)."""
-    x, y = x.sort(dim=0).values, y.sort(dim=0).values
+    # torch sorts places with the values, which takes ten times as long
+    x, y = (torch.from_numpy(np.sort(t.numpy(), axis=0)) for t in (x, y))
     n, m = len(x), len(y)
     if n == m:
         return (x - y).abs().mean(dim=0)
