@@ -498,9 +498,10 @@ def test_same_deconvolution_is_the_transpose_of_same_convolution(side: int, kern
 # -- what is published ---------------------------------------------------------------------------------------------
 
 
-def test_the_page_of_results_is_made_from_its_files() -> None:
+def test_the_page_of_results_and_the_readme_s_table_are_made_from_their_files() -> None:
     made = runpy.run_path(str(ROOT / "docs" / "results" / "make.py"))
     assert (ROOT / "docs" / "results.md").read_text() == made["page"](), "run: python docs/results/make.py"
+    assert (ROOT / "README.md").read_text() == made["readme"](), "run: python docs/results/make.py"
 
 
 def test_the_first_table_of_the_page_has_the_means_and_the_best_paper() -> None:

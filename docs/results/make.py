@@ -1,4 +1,6 @@
-"""Writes docs/results.md from the result files beside this script; with arguments, adds the rows of these files first.
+"""Writes docs/results.md and its first table in the README from the result files beside this script.
+
+With arguments, adds the rows of these files first:
 
 gankit bench ring && python docs/results/make.py benches/ring/results.json
 
@@ -7,6 +9,7 @@ Beside a suite's tables stands what a person has to say of them, ``notes/<suite>
 """
 
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +26,7 @@ from gankit.terminal import shown
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "results.md"
+README = HERE.parents[1] / "README.md"
 HEAD = """# Results
 
 Every table below is made from a committed file in [docs/results](results), which `gankit bench SUITE` wrote:
@@ -42,10 +46,26 @@ RECIPES = {
 }
 
 
+Results = Mapping[str, tuple[bench.Suite, Sequence[results.Row]]]
+
+
+def committed() -> Results:
+    """The committed files: suite and rows by the suite's name."""
+    return {path.stem: results.load(path) for path in sorted(HERE.glob("*.json"))}
+
+
+def readme() -> str:
+    """The README with the first table as the files have it."""
+    block = f"<!-- at a glance -->\n\n{at_a_glance(committed(), 'docs/results.md')}\n\n<!-- end -->"
+    text, count = re.subn(r"<!-- at a glance -->.*?<!-- end -->", lambda _: block, README.read_text(), flags=re.DOTALL)
+    assert count == 1, f"{README} has {count} places for the first table"
+    return text
+
+
 def page() -> str:
     """The whole page."""
-    known = {path.stem: results.load(path) for path in sorted(HERE.glob("*.json"))}
-    parts = [HEAD, at_a_glance(known)]
+    known = committed()
+    parts = [HEAD, "\n\n".join(["## At a glance", at_a_glance(known), LEGEND]) + "\n"]
     for name, (suite, rows) in known.items():
         drawn = {data: PICTURES / f"{name}-{data}.png" for data in suite.data}
         pictures = {data: f"results/pictures/{path.name}" for data, path in drawn.items() if path.exists()}
@@ -56,8 +76,11 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def at_a_glance(known: Mapping[str, tuple[bench.Suite, Sequence[results.Row]]]) -> str:
-    """A table of gankit's recipes: each beside its baseline, the best published row of the data set, and the true data."""
+def at_a_glance(known: Results, address: str = "") -> str:
+    """A table of gankit's recipes: each beside its baseline, the best published row of the data set, and the true data.
+
+    address: of the page with the suites' sections, from where the table is.
+    """
     lines = ["| data | without it | best published | gankit | true data |", "| --- | --- | --- | --- | --- |"]
     for name, recipe in RECIPES.items():
         suite, rows = known[name]
@@ -69,10 +92,10 @@ def at_a_glance(known: Mapping[str, tuple[bench.Suite, Sequence[results.Row]]]) 
             papers = [row for other, _ in known.values() for row in other.published if row["data"] == data]
             best = min(papers, key=lambda row: (row.get("reverse_kl", math.inf), -row["modes"]), default=None)
             paper = "-" if best is None or name != data else f"{best['source']}: {_values(best)}"
-            link = f"[{data}{'' if name == data else f', suite {name}'}](#{slugify(suite.title, '-')})"
+            link = f"[{data}{'' if name == data else f', suite {name}'}]({address}#{slugify(suite.title, '-')})"
             cells = [link, base, paper, _means(table, line, line.steps), _values(table.truth)]
             lines.append(f"| {' | '.join(cells)} |")
-    return "\n\n".join(["## At a glance", "\n".join(lines), LEGEND]) + "\n"
+    return "\n".join(lines)
 
 
 LEGEND = """Modes captured, samples of high quality, reverse KL to equal shares of the modes (heavy-mode: how many times the
@@ -129,3 +152,4 @@ if __name__ == "__main__":
     for argument in sys.argv[1:]:
         add(Path(argument))
     write_atomic(PAGE, page())
+    write_atomic(README, readme())
