@@ -223,7 +223,7 @@ def train(config: Config, out: Path, children: Children) -> None:
         wanted = out / f".{config.name}.toml"
         write_atomic(wanted, configuration.to_toml(replace(config, out=str(out))))
         arguments = ["run", "--config", str(wanted)]
-    code, said = children.call(arguments, threads)
+    code, said = children.call([*arguments, "--no-report"], threads)
     (out / f".{config.name}.toml").unlink(missing_ok=True)
     if code in (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM) or (code and children.stopped):
         raise Interrupted

@@ -194,16 +194,19 @@ def _console(as_json: bool) -> Console:
     return Console(stderr=as_json)
 
 
-def _finish(result: Any, as_json: bool, console: Console, plugins: Any) -> None:
-    from gankit import report
+def _finish(result: Any, as_json: bool, console: Console, reported: bool) -> None:
+    from gankit import pictures, report
     from gankit.distributed import team
+    from gankit.run import curve_groups
     from gankit.rundir import to_json
     from gankit.terminal import show_result
 
-    if team().rank == 0:
-        with suppress(UsageError):  # its libraries are an extra
+    if reported and team().rank == 0:
+        with suppress(UsageError):  # the libraries of both are extras
+            pictures.curves(curve_groups(result.run), result.run.path / "curves.png")
+        with suppress(UsageError):
             report.write([result.run], result.run.path / "report.html")
-    show_result(console, result, plugins)
+    show_result(console, result, reported)
     if as_json:
         click.echo(to_json(result.plain()), nl=False)
     if result.signal:
@@ -211,6 +214,9 @@ def _finish(result: Any, as_json: bool, console: Console, plugins: Any) -> None:
 
 
 json_flag = click.option("--json", "as_json", is_flag=True, help="print the result as JSON; all else goes to stderr")
+report_flag = click.option(
+    "--report/--no-report", "reported", default=True, help="end with curves.png and report.html  [report]"
+)
 device_flag = click.option(
     "--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]), help="where to compute"
 )
@@ -220,8 +226,9 @@ checkpoint_flag = click.option("--checkpoint", metavar="WHICH", help="best, late
 @main.command(cls=SectionedCommand)
 @settings
 @click.option("--dry-run", is_flag=True, help="do everything but train: read the data, build, refuse")
+@report_flag
 @json_flag
-def run(dry_run: bool, as_json: bool, **given: Any) -> None:
+def run(dry_run: bool, reported: bool, as_json: bool, **given: Any) -> None:
     """Train a GAN; end with a picture and a table.
 
     \b
@@ -246,15 +253,16 @@ def run(dry_run: bool, as_json: bool, **given: Any) -> None:
             console.print(to_toml(session.config), highlight=False, markup=False)
         return
     result = running.start(config, terminal)
-    _finish(result, as_json, console, result.plugins)
+    _finish(result, as_json, console, reported)
 
 
 @main.command()
 @click.argument("run", required=False)
 @click.option("--out", default="runs", help="folder that collects runs  [runs]")
 @click.option("--steps", type=click.IntRange(1), help="train on to this many steps in all")
+@report_flag
 @json_flag
-def resume(run: str | None, out: str, steps: int | None, as_json: bool) -> None:
+def resume(run: str | None, out: str, steps: int | None, reported: bool, as_json: bool) -> None:
     """Continue a run from its latest checkpoint, as if it had never stopped.
 
     RUN is a run's folder, name or number; without it the newest run is taken.
@@ -267,7 +275,7 @@ def resume(run: str | None, out: str, steps: int | None, as_json: bool) -> None:
     console = _console(as_json)
     found = team().led(lambda: RunDir.find(run, out))
     result = running.resume(found, Terminal(console), steps)
-    _finish(result, as_json, console, result.plugins)
+    _finish(result, as_json, console, reported)
 
 
 @main.command()

@@ -197,6 +197,10 @@ class Manager(pluggy.PluginManager):
         self.meter = Meter()
         self.owners: dict[tuple[str, str], str] = {(hook, "adv"): "core" for hook in ("pre_d_loss", "post_g_loss")}
 
+    def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
+        """As in pluggy, but for ``__init__`` and its like: they are no hooks, and most of what there is to look at."""
+        return None if name.startswith("__") else super().parse_hookimpl_opts(plugin, name)
+
     def register(self, plugin: object, name: str | None = None) -> str | None:
         """As in pluggy; what it warns of, deprecated hooks and arguments, is said with the plugin's name."""
         with warnings.catch_warnings(record=True) as said:
@@ -238,8 +242,8 @@ def _validate(plugin: object, name: str) -> None:
         raise ContractError(f"plugin {name!r} is the class {plugin.__name__}: give an instance, {plugin.__name__}()")
     if type(plugin).__hash__ is None:
         raise ContractError(f"plugin {name!r} compares by value: declare it @dataclass(eq=False)")
-    for attribute in dir(type(plugin)):
-        method = inspect.getattr_static(plugin, attribute)
+    attributes = {name: value for owner in reversed(type(plugin).__mro__) for name, value in vars(owner).items()}
+    for attribute, method in attributes.items():  # as they stand in the class: looking must not call a property
         marker = getattr(method, "gankit_impl", None)
         if attribute in hookspecs.NAMES and inspect.isfunction(method) and marker is None:
             raise ContractError(f"plugin {name!r}: its method {attribute} is no hook until it carries @gankit.hookimpl")

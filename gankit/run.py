@@ -283,8 +283,6 @@ class Session:
             findings=diagnose(Record.read(self.run)).findings,
         )
         self.run.write_json("summary.json", result.plain())
-        with suppress(UsageError):  # matplotlib is an extra
-            pictures.curves(curve_groups(self.run), self.run.path / "curves.png")
         return result
 
 

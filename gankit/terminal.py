@@ -205,22 +205,23 @@ def terms_table(stats: Mapping[str, Any], owners: Iterable[str]) -> Table | None
     return table
 
 
-def show_result(console: Console, result: Result, plugins: Iterable[str]) -> None:
-    """The end of a run: tables, and where everything lies."""
+def show_result(console: Console, result: Result, reported: bool = True) -> None:
+    """The end of a run: tables, and where everything lies. reported: curves and report were to be drawn."""
     console.print()
     if result.metrics:
         console.print(metrics_table(result.metrics, result.truth))
         console.print()
-    terms = terms_table(result.stats, plugins)
+    terms = terms_table(result.stats, result.plugins)
     if terms:
         console.print(terms)
         console.print()
     console.print(f"{result.status} after step {result.step} of {result.steps} ({result.seconds:.1f} s)")
     lines = [f"picture: {path}" for path in sorted(result.run.samples.glob("fakes-*.png"))[-1:]]
-    curves = result.run.path / "curves.png"
-    lines.append(f"curves: {curves}" if curves.exists() else 'curves: pip install "gankit[plot]" to have them drawn')
-    page = result.run.path / "report.html"
-    lines.append(f"report: {page if page.exists() else f'gankit report {result.run.path}'}")
+    curves, page = result.run.path / "curves.png", result.run.path / "report.html"
+    if reported:
+        drawn = curves if curves.exists() else 'pip install "gankit[plot]" to have them drawn'
+        lines.append(f"curves: {drawn}")
+    lines.append(f"report: {page if reported and page.exists() else f'gankit report {result.run.path}'}")
     name, command = ("continue", "resume") if result.status == "interrupted" else ("sample", "sample")
     lines.append(f"{name}: gankit {command} {result.run.path}")
     if result.findings:

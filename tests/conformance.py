@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from gankit.conformance import checks_of
 
-OPTIONS: dict[str, dict[str, object]] = {  # an extractor that needs no download
-    "inception": {"extractor": f"{__file__}:pooled", "n": 20, "kid_subset_size": 10}
+OPTIONS: dict[str, dict[str, object]] = {  # cheap ones, and an extractor that needs no download
+    "inception": {"extractor": f"{__file__}:pooled", "n": 20, "kid_subset_size": 10},
+    "ivom": {"n": 9, "steps": 5},
+    "unrolled": {"k": 2},
 }
 IN_TREE = sorted(path.parent.name for path in (Path(__file__).parents[1] / "plugins").glob("*/pyproject.toml"))
 

@@ -174,6 +174,7 @@ def test_every_cell_is_a_run_and_a_failed_one_a_row(finished: tuple[bench.Suite,
     assert (out / "runs" / "ring-r1-s1" / "checkpoints" / "latest" / "state.pt").exists()
     summary = json.loads((out / "runs" / "ring-r1-s1" / "summary.json").read_text())
     assert rows[4].metrics == summary["metrics"]
+    assert not list(out.glob("runs/*/*.html"))  # which nobody would open: `gankit report` makes them
     text = (out / "results.md").read_text()
     assert "| a paper | 7.9 | 97.7% |" in text and "`broken` failed: seed 0: packing joins" in text
     again, loaded = results.load(out / "results.json")

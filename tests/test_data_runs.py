@@ -15,7 +15,8 @@ from PIL import Image
 
 from gankit.cli import main
 
-FAST = ["--steps", "2", "--batch", "8", "--eval-samples", "20", "--eval-every", "0", "--save-every", "0"]
+FAST = ["--steps", "2", "--batch", "8", "--eval-samples", "20", "--eval-every", "0", "--save-every", "0",
+        "--no-report"]  # fmt: skip
 REAL = Path(os.environ.get("GANKIT_DATA", "nowhere"))
 
 

@@ -34,7 +34,7 @@ from gankit.training import measure
 
 ROOT = Path(__file__).parents[1]
 FAST = ["--steps", "12", "--batch", "16", "--width", "8", "--eval-every", "3", "--save-every", "5", "--log-every", "3",
-        "--eval-samples", "50", "--threads", "1", "--keep", "9"]  # fmt: skip
+        "--eval-samples", "50", "--threads", "1", "--keep", "9", "--no-report"]  # fmt: skip
 
 
 def gankit(*arguments: str, code: int = 0) -> Any:
@@ -413,7 +413,6 @@ def every_suggestion(config: Config, kind: str, path: str = "RUN") -> dict[str, 
     return commands
 
 
-@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -559,7 +558,7 @@ def test_a_run_that_stopped_is_diagnosed() -> None:
     assert "not looked at: not finite: nothing was logged yet" in gankit("diagnose", "r").output
 
 
-@pytest.mark.usefixtures("elsewhere", "undrawn")
+@pytest.mark.usefixtures("elsewhere")
 def test_a_continued_run_has_the_signs_of_one_that_never_stopped() -> None:
     gankit("run", *FAST, "--data", "p.npy", "--name", "whole")
     gankit("run", *FAST, "--data", "p.npy", "--name", "parts")
@@ -569,7 +568,7 @@ def test_a_continued_run_has_the_signs_of_one_that_never_stopped() -> None:
                 file.unlink()
             folder.rmdir()
     Path("runs/parts/summary.json").unlink()
-    gankit("resume", "parts")
+    gankit("resume", "parts", "--no-report")
     whole, parts = (Path("runs", run, "signals.jsonl").read_text() for run in ("whole", "parts"))
     assert whole == parts
     assert [json.loads(line)["step"] for line in whole.splitlines()] == [None, 3, 6, 9, 12]

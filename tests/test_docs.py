@@ -59,10 +59,11 @@ NOT_EXECUTED = 2  # blocks that say why they are not: uploading the tutorial's p
 
 COMMANDS = ("gankit", "pip", "make", "python")
 MORE = {  # options that are added, so that what trains trains shortly
-    "run": ["--steps", "3", "--eval-samples", "50", "--eval-every", "0", "--save-every", "0", "--threads", "1"],
-    "resume": ["--steps", "4"],
+    "run": ["--steps", "3", "--eval-samples", "50", "--eval-every", "0", "--save-every", "0", "--threads", "1",
+            "--no-report"],
+    "resume": ["--steps", "4", "--no-report"],
     "bench": ["--dry-run"],
-}
+}  # fmt: skip
 PLACEHOLDERS = {"S": "0", "X": "ring", "NAME": "r1", "FILE.toml": "settings.toml"}
 LARGE = ("stacked-mnist",)  # data that would take seconds to make: settings and plugins are read, no network is built
 
@@ -314,7 +315,8 @@ def read(words: list[str], how: str) -> None:
         context = command.make_context(name, rest[:-1])  # an option as such: "`gankit run --config` repeats it"
     if name not in ("run", "explain"):
         return
-    config = read_settings({key: value for key, value in context.params.items() if key not in ("dry_run", "as_json")})
+    others = ("dry_run", "as_json", "reported")
+    config = read_settings({key: value for key, value in context.params.items() if key not in others})
     if config.data in LARGE:
         create(config.plugin, config.options)
     else:

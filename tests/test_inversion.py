@@ -25,7 +25,8 @@ from gankit.run import load, read_data
 from gankit.rundir import RunDir
 from gankit.terminal import Terminal
 
-FAST = ["--threads", "1", "--steps", "3", "--batch", "8", "--eval-samples", "20", "--width", "8", "--name", "r"]
+FAST = ["--threads", "1", "--steps", "3", "--batch", "8", "--eval-samples", "20", "--width", "8", "--name", "r",
+        "--no-report"]  # fmt: skip
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

@@ -25,11 +25,12 @@ import sys
 from click.testing import CliRunner
 from gankit.cli import main
 
-for name in sys.argv[1:]:
-    run = ["run", "--plugin", name, "--steps", "3", "--eval-samples", "50"]
-    for arguments, said in ((["check", name], " 0 failed"), (run, "finished")):
-        result = CliRunner().invoke(main, arguments, catch_exceptions=False)
-        assert result.exit_code == 0 and said in result.output, result.output
+names = sys.argv[1:]
+runs = [["run", "--plugin", name, "--steps", "3", "--eval-samples", "50", "--no-report"] for name in names]
+# the checks of all were run by their own tests; of one, by the command
+for arguments, said in ((["check", names[0]], " 0 failed"), *((run, "finished") for run in runs)):
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert result.exit_code == 0 and said in result.output, result.output
 """
 WHEELS = ("pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", "dist")
 

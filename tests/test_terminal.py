@@ -35,7 +35,7 @@ def test_the_end_names_what_is_there_and_how_to_go_on(tmp_path: Path) -> None:
     (run.samples / "fakes-000002.png").touch()
     result = Result(run, "interrupted", 2, 5, {"modes": 7.0}, {"modes": 8.0}, {}, 1.0, [])
     console, buffer = printed(300)
-    show_result(console, result, [])
+    show_result(console, result)
     assert "[a]/samples/fakes-000002.png" in buffer.getvalue()
     assert "gankit[plot]" in buffer.getvalue()
     assert f"gankit resume {run.path}" in buffer.getvalue()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -78,12 +79,12 @@ def global_random(seed: int | None = None) -> Iterator[None]:
             np.random.set_state(legacy)
 
 
-def global_states() -> dict[str, object]:
+def global_states() -> dict[str, bytes]:
     """What the global generators of torch, numpy and Python would draw next, to compare."""
     return {
         "torch's global random generator": torch.get_rng_state().numpy().tobytes(),
-        "numpy's global random generator": repr(np.random.get_state()),
-        "Python's global random generator": random.getstate(),
+        "numpy's global random generator": pickle.dumps(np.random.get_state()),
+        "Python's global random generator": pickle.dumps(random.getstate()),
     }
 
 

@@ -661,6 +661,7 @@ FAST = [
     "20",
     "--save-every",
     "0",
+    "--no-report",
 ]
 
 DROPOUT = '''

@@ -18,7 +18,8 @@ from gankit.data import load
 from gankit.provenance import metric_of
 from gankit.training import measure
 
-SHORT = ["--steps", "4", "--batch", "8", "--width", "8", "--eval-samples", "20", "--threads", "1", "--eval-every", "2"]
+SHORT = ["--steps", "4", "--batch", "8", "--width", "8", "--eval-samples", "20", "--threads", "1", "--eval-every", "2",
+         "--no-report"]  # fmt: skip
 FEW = ["--plugin", "ivom", "-o", "ivom.n=9", "-o", "ivom.steps=5"]
 
 
