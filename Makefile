@@ -36,7 +36,7 @@ docs: $(VENV)/installed
 
 # one single-threaded process per core: two of them do more than one with two threads, and the slowest file sets the pace
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	GANKIT_SITE=site OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 # what the report's page does in Debian's Chromium, driven by selenium
 test-browser: $(VENV)/installed browser

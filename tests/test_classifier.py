@@ -200,7 +200,7 @@ def test_its_recipe_makes_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("GANKIT_CACHE", str(tmp_path / "cache"))
     shipped = digits(REAL)
     monkeypatch.setattr(classifier, "SHIPPED", tmp_path)
-    made = digits(REAL)  # 34 s of one core of the machine it was written on
+    made = digits(REAL)  # about twenty seconds of one core
     assert made.accuracy >= 0.99
     data = load("mnist", data_root=REAL)
     images = data.held_out(10_000)

@@ -616,14 +616,15 @@ def test_stacked_digits_have_their_modes_and_reverse_kl(digits: Path) -> None:
         return data.batch(rows.repeat(len(z) // 30 + 1)[: len(z)])
 
     gan = digit_gan(Inception(metrics=("modes",), mode_n=3000), data, collapsed)
-    truth, made = named(measure(gan, truth=data)), named(measure(gan))
+    truth, columns = named(measure(gan, truth=data)), measure(gan)
+    made = named(columns)
     shown = data.digits[torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:3000]]
     q = np.unique(shown.numpy() @ [100, 10, 1], return_counts=True)[1] / 3000
     expected = {"modes": len(q), "reverse_kl": np.log(1000) + (q * np.log(q)).sum()}
     assert truth == {name: pytest.approx(value, rel=0.02) for name, value in expected.items()}
     assert len(kinds) - 2 <= made["modes"] <= len(kinds) + 2
     assert made["reverse_kl"] == pytest.approx(math.log(1000 / len(kinds)), abs=0.1)
-    (column,) = [name for name in measure(gan) if metric_of(name) == "modes"]
+    (column,) = [name for name in columns if metric_of(name) == "modes"]
     assert column.startswith("modes@digits,n=3000,")
     assert gan.provenance[column]["accuracy"] > 0.95 and gan.provenance[column]["weights"]
 
