@@ -158,7 +158,7 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> tuple[
     if not differences.any():
         return 0.0, 1.0, len(seeds)
     found = stats.permutation_test(
-        (differences, np.zeros_like(differences)), lambda a, b: float(np.mean(a - b)), permutation_type="samples",
+        (differences, np.zeros_like(differences)), lambda a, b, axis: np.mean(a - b, axis), permutation_type="samples",
         n_resamples=RESAMPLES, rng=np.random.default_rng(0),
     )  # fmt: skip
     return float(differences.mean()), float(found.pvalue), len(seeds)
