@@ -135,7 +135,9 @@ class Terminal:
             self.bar.update(self.task, completed=step, text=self.text(), refresh=True)
         else:
             left = (now - self.started) / (step - self.first) * (self.steps - step)
-            self.console.print(f"step {step}/{self.steps}  {self.text()}  {left:.0f} s left", highlight=False)
+            self.console.print(
+                f"step {step}/{self.steps}  {self.text()}  {left:.0f} s left", highlight=False, soft_wrap=True
+            )
 
     def text(self) -> str:
         """Losses and the latest metrics."""
@@ -150,7 +152,7 @@ class Terminal:
         chosen = next(names for wanted in ranked if (names := [known[name] for name in wanted if name in known]))
         self.latest = "  ".join(f"{label(metric_of(name))} {shown(name, found[name])}" for name in chosen)
         if not self.bar:
-            self.console.print(f"step {step}/{self.steps}  {self.text()}", highlight=False)
+            self.console.print(f"step {step}/{self.steps}  {self.text()}", highlight=False, soft_wrap=True)
 
     def finding(self, finding: Finding) -> None:
         """A warning above the bar."""
@@ -273,7 +275,9 @@ class BenchProgress:
         self.bar.update(self.task, completed=done, total=total)
         if not self.console.is_terminal:
             self.console.print(
-                f"{self.name}: {done} of {total} runs{f', {cell.name}' if cell else ''}", highlight=False
+                f"{self.name}: {done} of {total} runs{f', {cell.name}' if cell else ''}",
+                highlight=False,
+                soft_wrap=True,
             )
 
 

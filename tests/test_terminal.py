@@ -56,6 +56,21 @@ def test_the_bar_shows_losses_metrics_and_time_left(tmp_path: Path) -> None:
         assert text in buffer.getvalue()
 
 
+def test_a_log_has_one_line_for_an_event_however_narrow(tmp_path: Path) -> None:
+    console, buffer = printed(40)
+    terminal = Terminal(console)
+    stats = Stats(1, lambda row: None)
+    gan = tiny_gan(core={"stats": stats})
+    terminal.start(gan, RunDir.create(tmp_path, None, "x"), 10)
+    stats.last = {"d_loss": 1.25, "g_loss": 0.75}
+    terminal.metrics(4, {"modes": 8.0, "high_quality": 0.931})
+    terminal.drawn = 0.0
+    terminal.post_step(gan, "g", 5)
+    evaluated, trained = buffer.getvalue().splitlines()[-2:]
+    assert evaluated == "step 4/10  D 1.250  G 0.750  modes captured 8  high quality 93.1%"
+    assert trained.startswith(evaluated.replace("step 4", "step 5")) and trained.endswith(" s left")
+
+
 def test_values() -> None:
     assert shown("high_quality", 0.98765) == "98.8%"
     assert shown("anything", None) == "-"
