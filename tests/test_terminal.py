@@ -2,6 +2,7 @@
 
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -41,32 +42,29 @@ def test_the_end_names_what_is_there_and_how_to_go_on(tmp_path: Path) -> None:
     assert f"gankit resume {run.path}" in buffer.getvalue()
 
 
-def test_the_bar_shows_losses_metrics_and_time_left(tmp_path: Path) -> None:
-    console, buffer = printed(terminal=True)
+def half_way(folder: Path, *where: Any) -> str:
+    """What is shown of a run of ten steps that was evaluated after four and is at its fifth."""
+    console, buffer = printed(*where)
     terminal = Terminal(console)
     stats = Stats(1, lambda row: None)
     gan = tiny_gan(core={"stats": stats})
-    terminal.start(gan, RunDir.create(tmp_path, None, "x"), 10)
+    terminal.start(gan, RunDir.create(folder, None, "x"), 10)
     stats.last = {"d_loss": 1.25, "g_loss": 0.75}
     terminal.metrics(4, {"modes": 8.0, "high_quality": 0.931})
     terminal.drawn = 0.0
     terminal.post_step(gan, "g", 5)
     terminal.stop()
+    return buffer.getvalue()
+
+
+def test_the_bar_shows_losses_metrics_and_time_left(tmp_path: Path) -> None:
+    seen = half_way(tmp_path, 100, True)
     for text in ("5/10", "D 1.250  G 0.750", "modes captured 8", "high quality 93.1%", "left"):
-        assert text in buffer.getvalue()
+        assert text in seen
 
 
 def test_a_log_has_one_line_for_an_event_however_narrow(tmp_path: Path) -> None:
-    console, buffer = printed(40)
-    terminal = Terminal(console)
-    stats = Stats(1, lambda row: None)
-    gan = tiny_gan(core={"stats": stats})
-    terminal.start(gan, RunDir.create(tmp_path, None, "x"), 10)
-    stats.last = {"d_loss": 1.25, "g_loss": 0.75}
-    terminal.metrics(4, {"modes": 8.0, "high_quality": 0.931})
-    terminal.drawn = 0.0
-    terminal.post_step(gan, "g", 5)
-    evaluated, trained = buffer.getvalue().splitlines()[-2:]
+    evaluated, trained = half_way(tmp_path, 40).splitlines()[-2:]
     assert evaluated == "step 4/10  D 1.250  G 0.750  modes captured 8  high quality 93.1%"
     assert trained.startswith(evaluated.replace("step 4", "step 5")) and trained.endswith(" s left")
 
