@@ -79,7 +79,7 @@ def digits(data_root: str | None = None, progress: Progress | None = None) -> Cl
     makes differs in its last bits from processor to processor, and scores by two classifiers are not comparable. For any
     other images one is trained at the first call and kept in ``cache_folder()``, in a file that belongs to these very
     images and this recipe; one that is broken is made anew. progress: called with (step, steps) in training, which takes
-    about twenty seconds of one CPU core, on one thread and with random numbers of its own, so that a machine always gets
+    under a minute of one CPU core, on one thread and with random numbers of its own, so that a machine always gets
     the same weights; nobody else's random numbers are touched. UsageError where MNIST cannot be found.
     """
     parts = dict(zip(("x", "y", "test_x", "test_y"), read_files(find_files(data_root), None, None), strict=True))

@@ -198,8 +198,8 @@ class Manager(pluggy.PluginManager):
         self.owners: dict[tuple[str, str], str] = {(hook, "adv"): "core" for hook in ("pre_d_loss", "post_g_loss")}
 
     def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
-        """As in pluggy, but for ``__init__`` and its like: they are no hooks, and most of what there is to look at."""
-        return None if name.startswith("__") else super().parse_hookimpl_opts(plugin, name)
+        """As in pluggy, but for what every object has, such as ``__init__``: that is most of what there is to look at."""
+        return None if name in vars(object) else super().parse_hookimpl_opts(plugin, name)
 
     def register(self, plugin: object, name: str | None = None) -> str | None:
         """As in pluggy; what it warns of, deprecated hooks and arguments, is said with the plugin's name."""

@@ -195,12 +195,14 @@ def test_of_mnist_itself_nobody_trains_another(tmp_path: Path, monkeypatch: pyte
 
 
 @needs_mnist
-def test_its_recipe_makes_one_that_agrees_with_it() -> None:
-    """From a third of the digits, which takes a third of the time; and processors differ in what they make of sums."""
+def test_its_recipe_makes_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to what the processor makes of its sums: on the 10,000 test digits both agree as two trainings do."""
+    monkeypatch.setenv("GANKIT_CACHE", str(tmp_path / "cache"))
+    shipped = digits(REAL)
+    monkeypatch.setattr(classifier, "SHIPPED", tmp_path)
+    made = digits(REAL)  # under a minute of one core
+    assert made.accuracy >= 0.99
     data = load("mnist", data_root=REAL)
-    assert data.labels is not None
-    made = classifier.train(data.train.raw(torch.arange(20_000)), data.labels[:20_000])
     images = data.held_out(10_000)
-    labels = made.labels(images)[:, 0]
-    assert (labels == data.held_out_labels).double().mean() > 0.985
-    assert (labels == digits(REAL).labels(images)[:, 0]).double().mean() > 0.985
+    assert (made.labels(images)[:, 0] == data.held_out_labels).double().mean() == made.accuracy
+    assert (made.labels(images) == shipped.labels(images)).double().mean() > 0.99

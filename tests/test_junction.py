@@ -162,8 +162,7 @@ def test_shares_by_hand() -> None:
 
 def test_a_run_counts_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    fast = ["--width", "4", "--steps", "2", "--batch", "8", "--eval-samples", "500", "--threads", "1"]
-    fast += ["--no-report"]
+    fast = ["--width", "4", "--steps", "2", "--batch", "8", "--eval-samples", "500", "--threads", "1", "--no-report"]
     result = CliRunner().invoke(main, ["run", "--data", "heavy-mode", *fast, "--json"])
     assert result.exit_code == 0, (result.output, result.exception)
     found = json.loads(result.stdout)

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from click.testing import CliRunner, Result
 from PIL import Image
-from processes import alone
+from processes import IMAGES, alone
 
 from gankit import networks, plugins
 from gankit.cli import main
@@ -26,7 +26,6 @@ IN_TREE = sorted(path.parent.name for path in (ROOT / "plugins").glob("*/pyproje
 FAST = ["--steps", "12", "--batch", "16", "--width", "8", "--eval-every", "4", "--save-every", "5", "--log-every", "3",
         "--eval-samples", "50", "--keep", "9"]  # fmt: skip
 
-FOR_IMAGES = ("diffaugment", "inception", "progressive", "self_attention", "stacked", "virtual_batch_norm")
 OPTIONS = {  # cheap
     "inception": (
         "inception.extractor=halves.py:features",
@@ -127,7 +126,7 @@ def test_gradient_shares_and_milliseconds_are_measured() -> None:
 def test_a_continued_run_equals_one_that_never_stopped(name: str) -> None:
     on = [] if name == "none" else ["--plugin", name]
     on += [word for option in OPTIONS.get(name, ()) for word in ("-o", option)]
-    if name in FOR_IMAGES:
+    if name in IMAGES:
         np.save("x.npy", np.random.default_rng(0).integers(0, 256, (40, 32, 32), dtype=np.uint8))
         on += ["--data", "x.npy"]
         Path("halves.py").write_text("def features(x): return x[:, 0, ::8, ::8].flatten(1)")

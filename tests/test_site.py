@@ -64,6 +64,7 @@ class Html(HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if built := os.environ.get("GANKIT_SITE"):  # `make test` has just built it
+        assert (ROOT / built / "index.html").is_file(), f"there is no site in {built}"
         return ROOT / built
     folder = tmp_path_factory.mktemp("site")
     done = subprocess.run(
