@@ -15,7 +15,7 @@ MANIFESTS := requirements-dev.txt pyproject.toml $(wildcard plugins/*/pyproject.
 
 $(VENV)/installed: $(MANIFESTS)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) "$$(grep ^flit_core requirements-dev.txt)"
+	$(PIP) --upgrade pip "$$(grep ^flit_core requirements-dev.txt)"
 	$(PIP) --no-build-isolation --no-compile -r requirements-dev.txt
 	touch $@
 
