@@ -102,10 +102,12 @@ def pre_d_loss(
     real_logits: Tensor,
     fake_logits: Tensor,
     step: int,
+    ahead: bool,
 ) -> dict[str, Tensor] | None:
     """Further terms of the discriminator's loss, by name, or None; collected and summed.
 
-    Called in every D update after the critic scored both sides (and again by whoever evaluates ``d_objective``). Each
+    Called in every D update after the critic scored both sides, and again by whoever evaluates ``d_objective``, such as
+    unrolling: then ``ahead`` is True, no update of D follows, and a plugin that remembers what it saw forgets this. Each
     term is a finite 0-dim floating tensor, already weighted, connected to the critic's parameters. ``view.real`` and
     ``view.fake`` require gradients and are what the logits were computed from. "No term this step" is None or an empty
     dict, never a zero. Random numbers come from ``gan.rng(self)``.

@@ -19,11 +19,11 @@ Critic = Callable[..., Tensor]
 Terms = dict[str, Tensor]
 
 
-def d_terms(gan: GAN, critic: Critic, batch: Batch, view: View, step: int) -> Terms:
-    """The discriminator's loss by term: "adv" (adversarial) and what ``pre_d_loss`` adds."""
+def d_terms(gan: GAN, critic: Critic, batch: Batch, view: View, step: int, ahead: bool = False) -> Terms:
+    """The discriminator's loss by term: "adv" (adversarial) and what ``pre_d_loss`` adds; ahead: no update follows."""
     logits = {"real_logits": critic(*view.real), "fake_logits": critic(*view.fake)}
     adv = gan.loss.d(*logits.values())
-    added = gan.hook.pre_d_loss(gan=gan, critic=critic, batch=batch, view=view, step=step, **logits)
+    added = gan.hook.pre_d_loss(gan=gan, critic=critic, batch=batch, view=view, step=step, ahead=ahead, **logits)
     return {"adv": adv, **dict(chain.from_iterable(map(dict.items, added)))}
 
 
@@ -44,8 +44,8 @@ def total(terms: Terms) -> Tensor:
 
 
 def d_objective(gan: GAN, critic: Critic, batch: Batch, view: View, step: int) -> Tensor:
-    """The discriminator's whole loss."""
-    return total(d_terms(gan, critic, batch, view, step))
+    """The discriminator's whole loss, for whoever looks ahead."""
+    return total(d_terms(gan, critic, batch, view, step, ahead=True))
 
 
 def update(gan: GAN, phases: str, step: int) -> None:

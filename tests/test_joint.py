@@ -137,7 +137,7 @@ def test_pairwise_gp_takes_the_draw_the_critic_saw_as_e(monkeypatch: pytest.Monk
         batch = gan.hook.sample(gan=gan, real=gan.next_real(), z=gan.next_z(), phase="d", step=1)
         view = gan.hook.view(gan=gan, batch=batch, phase="d", step=1)
     logits = {"real_logits": gan.discriminator(*view.real), "fake_logits": gan.discriminator(*view.fake)}
-    gan.hook.pre_d_loss(gan=gan, critic=gan.discriminator, batch=batch, view=view, step=1, **logits)
+    gan.hook.pre_d_loss(gan=gan, critic=gan.discriminator, batch=batch, view=view, step=1, ahead=False, **logits)
     ((reconstruction, e),) = seen
     assert torch.equal(e, view.real[1])
     torch.testing.assert_close(reconstruction, gan.generator(e))

@@ -28,7 +28,7 @@ def train(steps: int = 200) -> list[float]:
         fake = G(torch.randn(32, 32))
         real_logits, fake_logits = D(real), D(fake.detach())
         d_loss = softplus(-real_logits).mean() + softplus(fake_logits).mean()
-        d_loss = d_loss + sum((lecam.pre_d_loss(real_logits, fake_logits, step) or {}).values())
+        d_loss = d_loss + sum((lecam.pre_d_loss(real_logits, fake_logits, step, ahead=False) or {}).values())
         d_optimizer.zero_grad()
         d_loss.backward()
         d_optimizer.step()

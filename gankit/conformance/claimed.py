@@ -96,7 +96,7 @@ class Toy:
             z = self.gan.latent.draw(len(real), torch.Generator().manual_seed(0))
             known: dict[str, Any] = {"critic": critic, "batch": Batch(real, fake, z), "view": view}
             known |= logits or {"real_logits": critic(*view.real), "fake_logits": critic(*view.fake)}
-            found = self.hook(gan=self.gan, step=step, **known)
+            found = self.hook(gan=self.gan, step=step, ahead=False, **known)
         values = [term for terms in found for term in terms.values()]
         if not values:
             raise Skipped("it has no D term with these options")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
@@ -71,19 +72,21 @@ class LeCam:
     averages: Tensor | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise ValueError("weight must not be negative")
+        if not 0 <= self.weight < math.inf:
+            raise ValueError("weight must not be negative, and finite")
         if not 0 <= self.decay < 1:
             raise ValueError("decay must be at least 0 and below 1")
         if self.start < 0:
             raise ValueError("start must not be negative")
-        self._seen: Tensor | None = None
+        self._seen: list[Tensor] = []  # since the last update
 
     @hookimpl
-    def pre_d_loss(self, real_logits: Tensor, fake_logits: Tensor, step: int) -> dict[str, Tensor] | None:
+    def pre_d_loss(self, real_logits: Tensor, fake_logits: Tensor, step: int, ahead: bool) -> dict[str, Tensor] | None:
         """The term "lecam", from the averages of earlier updates; none in the first update, which has no averages."""
-        # only remembered: this hook is also called when nothing is trained. The last call before an update of D is its own.
-        self._seen = torch.stack([real_logits.detach().mean(), fake_logits.detach().mean()])
+        if (
+            not ahead and torch.is_grad_enabled()
+        ):  # only remembered: the update may not be made, and may be of further batches
+            self._seen.append(torch.stack([real_logits.detach().mean(), fake_logits.detach().mean()]))
         if self.averages is None or step <= self.start:
             return None
         return {
@@ -92,13 +95,18 @@ class LeCam:
 
     @hookimpl
     def post_step(self, phase: str, step: int) -> None:
-        """Move the averages by the logits of D's update: a <- decay a + (1 - decay) mean."""
-        if phase != "d" or self._seen is None:
+        """Move the averages by the logits of D's update, of all its batches: a <- decay a + (1 - decay) mean."""
+        if phase != "d" or not self._seen:
             return
+        # without the batches that overflowed, whose update a GradScaler skipped
+        seen = torch.stack(self._seen)
+        mean = seen.masked_fill(~seen.isfinite(), math.nan).nanmean(0)
+        self._seen = []
         if self.averages is None or step <= self.start:
-            self.averages = self._seen
+            self.averages = mean
         else:
-            self.averages = torch.lerp(self._seen, self.averages.to(self._seen), self.decay)
+            averages = self.averages.to(mean)
+            self.averages = torch.lerp(torch.where(mean.isnan(), averages, mean), averages, self.decay)
 
     def state_dict(self) -> dict[str, Any]:
         """The averages, once there are some."""

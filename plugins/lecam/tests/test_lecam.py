@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -152,11 +153,12 @@ def check_history(
     start: int = 0,
     d_steps: int = 1,
     kind: str = "vector",
+    simultaneous: bool = False,
     **others: object,
 ) -> None:
     watch = Watch()
     plugins = {"watch": watch, "lecam": make(decay=decay, start=start), **others}
-    _, log = run(plugins, kind=kind, steps=4, d_steps=d_steps)
+    _, log = run(plugins, kind=kind, steps=4, d_steps=d_steps, simultaneous=simultaneous)
     seen = [terms.get("lecam") for phase, _, terms in log.updates if phase == "d"]
     expected = watch.terms(decay, start, d_steps)
     assert [s is None for s in seen] == [e is None for e in expected]
@@ -172,8 +174,28 @@ def test_the_terms_of_four_steps(start: int, d_steps: int, kind: str) -> None:
     check_history(LeCam, start=start, d_steps=d_steps, kind=kind)
 
 
-def test_looking_ahead_moves_nothing() -> None:
-    check_history(LeCam, ahead=Ahead())
+@pytest.mark.parametrize("simultaneous", [False, True])
+def test_looking_ahead_moves_nothing(simultaneous: bool) -> None:
+    check_history(LeCam, simultaneous=simultaneous, ahead=Ahead())
+
+
+def test_an_update_of_several_batches_counts_all_and_none_that_overflowed() -> None:
+    plugin = LeCam(decay=0.5)
+    for shift in (0.0, 1.0):
+        plugin.pre_d_loss(torch.tensor([1.0 + shift, 3.0]), torch.tensor([-1.0, -shift]), 1, False)
+    with torch.no_grad():  # to look at, not to train
+        plugin.pre_d_loss(torch.tensor([100.0]), torch.tensor([100.0]), 1, False)
+    plugin.post_step("g", 1)
+    assert plugin.averages is None
+    plugin.post_step("d", 1)
+    assert torch.equal(plugin.averages, torch.tensor([2.25, -0.75]))
+    plugin.pre_d_loss(torch.tensor([math.inf]), torch.tensor([4.0]), 2, False)
+    plugin.post_step("d", 2)
+    assert torch.equal(plugin.averages, torch.tensor([2.25, 1.625]))
+    plugin.pre_d_loss(torch.tensor([math.nan]), torch.tensor([0.0]), 3, False)
+    plugin.pre_d_loss(torch.tensor([4.25]), torch.tensor([1.25]), 3, False)
+    plugin.post_step("d", 3)
+    assert torch.equal(plugin.averages, torch.tensor([3.25, 1.125]))
 
 
 def test_pairs_of_a_joint_view() -> None:
@@ -184,20 +206,22 @@ class EagerlyUpdated(LeCam):
     """Moves the averages before the penalty, as the official code."""
 
     @hookimpl
-    def pre_d_loss(self, real_logits: Tensor, fake_logits: Tensor, step: int) -> dict[str, Tensor] | None:
-        super().pre_d_loss(real_logits, fake_logits, step)
+    def pre_d_loss(self, real_logits: Tensor, fake_logits: Tensor, step: int, ahead: bool) -> dict[str, Tensor] | None:
+        super().pre_d_loss(real_logits, fake_logits, step, ahead)
         super().post_step("d", step)
-        return super().pre_d_loss(real_logits, fake_logits, step)
+        return super().pre_d_loss(real_logits, fake_logits, step, ahead)
 
     @hookimpl
     def post_step(self, phase: str) -> None:
         pass
 
 
-class MovedInBothPhases(LeCam):
+class Remembers(LeCam):
+    """Takes what is looked ahead at for its own."""
+
     @hookimpl
-    def post_step(self, step: int) -> None:
-        super().post_step("d", step)
+    def pre_d_loss(self, real_logits: Tensor, fake_logits: Tensor, step: int) -> dict[str, Tensor] | None:
+        return super().pre_d_loss(real_logits, fake_logits, step, ahead=False)
 
 
 class MovedOncePerStep(LeCam):
@@ -216,8 +240,7 @@ class FromZero(LeCam):
     ("wrong", "others"),
     [
         (EagerlyUpdated, {}),
-        (MovedInBothPhases, {"ahead": Ahead()}),
-        (MovedInBothPhases, {}),
+        (Remembers, {"ahead": Ahead(), "simultaneous": True}),
         (MovedOncePerStep, {"d_steps": 3}),
         (FromZero, {}),
     ],

@@ -577,7 +577,7 @@ def test_the_drift_term(loss: str, drift: float | None, weight: float) -> None:
     gan = growing_gan(loss=loss, drift=drift)
     logits = torch.tensor([1.0, -2.0, 4.0], requires_grad=True)
     (found,) = gan.hook.pre_d_loss(gan=gan, critic=None, batch=None, view=None, real_logits=logits,
-                                   fake_logits=10 * logits, step=1) or [{}]  # fmt: skip
+                                   fake_logits=10 * logits, step=1, ahead=False) or [{}]  # fmt: skip
     assert {name: term.item() for name, term in found.items()} == (
         {"progressive_drift": pytest.approx(weight * 7)} if weight else {}  # (1 + 4 + 16) / 3, of real samples alone
     )
