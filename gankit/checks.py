@@ -8,6 +8,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
+from gankit.losses import logistic_d
+
 if TYPE_CHECKING:
     from gankit.gan import GAN
 
@@ -43,16 +45,16 @@ def reparametrized(module: nn.Module) -> list[str]:
     ]
 
 
-LOGISTIC = ("non_saturating", "saturating")
-
-
 def need_logistic_loss(gan: GAN, plugin: str) -> None:
-    """Refuse, as "<plugin>-loss", losses whose best logit is not the log ratio of the densities of real and fake."""
-    if gan.loss.name not in LOGISTIC:
+    """Refuse, as "<plugin>-loss", losses whose best logit is not the log ratio of the densities of real and fake.
+
+    By D's loss as it is, so that one whose labels a plugin smooths is refused, too; call it when all have set up.
+    """
+    if gan.loss.d is not logistic_d:
         gan.refuse(
             f"{plugin}-loss",
-            f"{plugin} reads D's logit as a log ratio, which the loss {gan.loss.name!r} does not make it: "
-            "choose --loss non_saturating",
+            f"{plugin} reads D's logit as a log ratio, which the loss {gan.loss.name!r} does not make it here: "
+            "choose --loss non_saturating, without smoothed labels",
         )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,21 @@ def problems(one: str, two: str, kind: str) -> tuple[str, list[str]]:
             if alone != together[name]:
                 wrong.append(f"{name} gives {together[name]} beside {other}, {alone} by itself")
     return "", wrong
+
+
+def loss_of(names: tuple[str, ...], kind: str = "vector") -> tuple[Any, ...] | None:
+    """What the plugins, in this order, make of the adversarial loss; None if they are refused."""
+
+    def plain(function: Any) -> Any:
+        return (function.func, function.keywords) if isinstance(function, partial) else function
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            loss = tiny_gan(kind, load(names), **KINDS[kind]).loss
+        except UsageError:
+            return None
+    return plain(loss.d), plain(loss.g), loss.g_sides, plain(loss.mirrored), loss.real_target
 
 
 def page(refusals: dict[tuple[str, str, str], str]) -> str:

@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity
 from gankit import Batch, Player, UsageError, View, hookimpl
 from gankit.checks import need_logistic_loss
 from gankit.joint import encode, make_encoder, pairs
-from gankit.losses import BOTH_SIDES, wasserstein_g, wasserstein_mirrored
+from gankit.losses import wasserstein_g, wasserstein_mirrored
 
 if TYPE_CHECKING:
     from gankit import GAN
@@ -88,9 +88,11 @@ class VEEGAN:
         """F, which maps a sample to a latent; its range is the prior's: tanh for a uniform latent, linear for a normal."""
         return {"reconstructor": Player(make_encoder(gan, self.reconstructor, name="reconstructor"), "g")}
 
-    @hookimpl
-    def setup(self, gan: GAN) -> None:
-        """Set G's loss to the mean logit; refuse a second encoder and losses whose logit is no log ratio."""
+    @hookimpl(wrapper=True)
+    def setup(self, gan: GAN) -> Generator[None, list[None], list[None]]:
+        """Set G's loss to the mean logit, before others change it (unrolling has it act on both sides), and refuse a second
+        encoder; afterwards refuse losses whose logit is no log ratio, such as smoothed ones.
+        """
         if "encoder" in gan.players:
             raise UsageError(
                 "veegan and the other plugin bring a network from samples to latents each, and the critic compares one: "
@@ -98,11 +100,12 @@ class VEEGAN:
             )
         if self.distance == "cosine" and gan.latent.dim == 1:
             raise UsageError("the cosine of one coordinate is its sign and trains nothing: use -o veegan.distance=l2")
-        need_logistic_loss(gan, "veegan")
+        gan.loss = replace(gan.loss, g=wasserstein_g, g_sides=("fake_logits",), mirrored=wasserstein_mirrored)
         if self.reconstructor_loss == "joint":
-            gan.loss = replace(gan.loss, g=wasserstein_mirrored, g_sides=BOTH_SIDES)
-        else:
-            gan.loss = replace(gan.loss, g=wasserstein_g, g_sides=("fake_logits",))
+            gan.loss = gan.loss.symmetric()
+        found = yield
+        need_logistic_loss(gan, "veegan")
+        return found
 
     @hookimpl(wrapper=True)
     def sample(self, gan: GAN) -> Generator[None, Batch, Batch]:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gankit_label_smoothing import LabelSmoothing
+from gankit_unrolled import Unrolled
 from gankit_veegan import VEEGAN, latent_distance
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -227,6 +229,26 @@ def test_a_second_encoder_is_refused_and_an_allowed_loss_is_kept_for_d() -> None
     assert gan.loss.g is losses.wasserstein_mirrored
     gan = tiny_gan(plugins={"veegan": VEEGAN()}, loss="saturating")
     assert gan.loss.g is losses.wasserstein_mirrored
+
+
+@pytest.mark.parametrize("mode", ["joint", "reconstruction"])
+def test_unrolling_keeps_the_mean_logit_in_either_order_and_has_it_on_both_sides(mode: Any) -> None:
+    for order in (("veegan", "unrolled"), ("unrolled", "veegan")):
+        plugins = {"veegan": VEEGAN(reconstructor_loss=mode), "unrolled": Unrolled(k=1)}
+        gan = tiny_gan(plugins={name: plugins[name] for name in order})
+        assert (gan.loss.g, gan.loss.g_sides) == (losses.wasserstein_mirrored, losses.BOTH_SIDES)
+        plugins["unrolled"] = Unrolled(k=1, both_sides=False)
+        gan = tiny_gan(plugins={name: plugins[name] for name in order})
+        both = mode == "joint"
+        assert gan.loss.g is (losses.wasserstein_mirrored if both else losses.wasserstein_g)
+        assert gan.loss.g_sides == (losses.BOTH_SIDES if both else ("fake_logits",))
+
+
+def test_smoothed_labels_make_no_log_ratio_in_either_order() -> None:
+    for order in (("veegan", "smooth"), ("smooth", "veegan")):
+        plugins = {"veegan": VEEGAN(), "smooth": LabelSmoothing()}
+        with pytest.raises(UsageError, match=r"log ratio.*without smoothed labels.*--allow veegan-loss"):
+            tiny_gan(plugins={name: plugins[name] for name in order})
 
 
 @pytest.mark.parametrize(
