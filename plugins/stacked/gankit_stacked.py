@@ -62,7 +62,8 @@ class StackedGenerator(nn.Module):
 
     stage1: a module from z1 (B, z_dim - noise) to small images (B, C, H/2, W/2). stage2: a module of two arguments, small
     images and z2 (B, noise), to images (B, C, H, W). noise: how many coordinates of z, the last ones, are z2. joint: False
-    cuts the graph between the stages, so that no loss of the full image trains stage 1.
+    cuts the graph between the stages, so that no loss of the full image trains stage 1; in evaluation mode, in which nothing
+    trains, the full image depends on all of z.
 
     Its weights are called ``stage1.*`` and ``stage2.*``.
     """
@@ -75,8 +76,8 @@ class StackedGenerator(nn.Module):
         self.joint = joint
 
     def given(self, small: Tensor) -> Tensor:
-        """The small image as stage 2 gets it: without its graph, unless the stages are joint."""
-        return small if self.joint else small.detach()
+        """The small image as stage 2 gets it: without its graph while stages train that are not joint."""
+        return small.detach() if self.training and not self.joint else small
 
     def stages(self, z: Tensor, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Both images of z (B, z_dim): small (B, C, H/2, W/2), with its graph to stage 1, and full (B, C, H, W).

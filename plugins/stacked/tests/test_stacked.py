@@ -24,6 +24,7 @@ from torch.nn.functional import softplus
 from gankit import GAN, Batch, Latent, UsageError, View, attach, hookimpl, losses, networks, train
 from gankit.checks import spectral_norms
 from gankit.gan import derive_seed
+from gankit.inversion import ivom
 from gankit.loop import update
 from gankit.networks import folded
 from gankit.options import build
@@ -148,6 +149,21 @@ def test_the_stages_by_hand(joint: bool) -> None:
     assert [g is None for g in gradients] == [not joint, not joint, False, False]
     assert torch.autograd.grad(small.square().sum(), first.linear.weight)[0].any()  # its own loss always reaches it
     assert {name.split(".")[0] for name in G.state_dict()} == {"stage1", "stage2"}
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_inversion_reaches_the_latent_of_both_stages(joint: bool) -> None:
+    torch.manual_seed(0)
+    G = StackedGenerator(Small(3), Full(2), 2, joint=joint).float()
+    w1, b1, w2, b2 = (p.detach().double().numpy() for p in G.parameters())
+    x = images(12, 1, 4, 4)
+    a = np.concatenate([w2[:, :4] @ w1, w2[:, 4:]], 1)  # of the affine map from z to the full image
+    b = w2[:, :4] @ b1 + b2
+    y = x.flatten(1).numpy() - b
+    residual = ((np.linalg.lstsq(a, y.T, rcond=None)[0].T @ a.T - y) ** 2).mean(1)
+    found = ivom(G, x.float(), Latent(5), steps=600, restarts=1, generator=torch.Generator().manual_seed(0))
+    np.testing.assert_allclose(found.residuals, residual, rtol=1e-3)
+    assert G.training
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (2, 12, 20)])
