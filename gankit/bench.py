@@ -14,22 +14,25 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gankit import config as configuration
+from gankit import stops
 from gankit.config import Config
 from gankit.errors import UsageError
-from gankit.files import write_atomic
-from gankit.options import closest
+from gankit.files import held, write_atomic
+from gankit.options import closest, convert
 from gankit.plugins import snake_case
 
 FAILED = "failed.json"
+TARGETS = ("modes", "high_quality", "inception_score", "precision", "recall")  # of which more is better
 
 
 class Cell(NamedTuple):
@@ -81,19 +84,30 @@ class Suite:
         """The target on one data set: the suite's, with what the data set says itself."""
         return {**self.target, **self.data[data].get("target", {})}
 
+    def layers(self, cell: Cell) -> tuple[dict[str, Any], ...]:
+        """The tables whose settings a run has, the later over the former."""
+        return self.settings, self.data[cell.data], self.methods[cell.method]
+
+    def plugins(self, cell: Cell) -> list[str]:
+        """The plugins of a run: those of all layers."""
+        lists = [convert(layer.get("plugin", ()), tuple[str, ...], "plugin") for layer in self.layers(cell)]
+        return list(dict.fromkeys(chain.from_iterable(lists)))
+
+    def owners(self, cell: Cell) -> set[str]:
+        """Whose options a run takes."""
+        return {snake_case(Path(name.rpartition(":")[2]).stem) for name in self.plugins(cell)} | {"loss"}
+
     def config(self, cell: Cell) -> Config:
         """The configuration of one run; UsageError if the file asks for what does not exist."""
         values: dict[str, Any] = {"threads": 1}
         options: dict[str, dict[str, Any]] = {}
-        plugins: list[str] = []
-        for layer in (self.settings, self.data[cell.data], self.methods[cell.method]):
+        for layer in self.layers(cell):
             values |= {key: value for key, value in layer.items() if key not in ("options", "plugin", "target")}
-            plugins += [name for name in layer.get("plugin", ()) if name not in plugins]
             for owner, chosen in layer.get("options", {}).items():
                 options[owner] = {**options.get(owner, {}), **chosen}
         if cell.steps is not None:
             values["steps"] = cell.steps
-        on = {snake_case(Path(name.rpartition(":")[2]).stem) for name in plugins} | {"loss"}
+        plugins, on = self.plugins(cell), self.owners(cell)
         options = {owner: chosen for owner, chosen in options.items() if owner in on}
         try:
             return configuration.make({**values, "plugin": plugins, "seed": cell.seed, "name": cell.name}, options)
@@ -123,13 +137,7 @@ def read(name: str) -> Suite:
     for key in ("protocol", "data", "methods"):
         if not content.get(key):
             raise UsageError(f"{path}: a suite needs {key!r}")
-    for key in ("data", "methods", "settings", "target"):
-        if not isinstance(content.get(key, {}), dict):
-            raise UsageError(
-                f"{path}: {key!r} is a table, [{key}.<name>]"
-                if key in ("data", "methods")
-                else f"{path}: {key!r} is a table"
-            )
+    _need_tables(content, path)
     steps = content.pop("steps", [])
     content["steps"] = tuple(steps) if isinstance(steps, list) else (steps,)
     suite = Suite(name=path.stem, **{"title": path.stem, **content})
@@ -139,9 +147,57 @@ def read(name: str) -> Suite:
         value = getattr(suite, key)
         if not isinstance(value, int) or value < least:
             raise UsageError(f"{path}: {key} must be a whole number from {least} on, not {value!r}")
-    for cell in suite.cells()[: len(suite.data) * len(suite.methods) * max(len(suite.steps), 1)]:
+    cells = suite.cells()
+    names = [cell.name for cell in cells]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UsageError(
+            f"{path}: two of its runs would share the folder {min(twice)!r}: rename a data set or a method"
+        )
+    first = cells[: len(cells) // suite.seeds]
+    for cell in first:
         suite.config(cell)
+    for layer in (suite.settings, *suite.data.values(), *suite.methods.values()):
+        known = set[str]().union(*(suite.owners(c) for c in first if any(layer is mine for mine in suite.layers(c))))
+        for owner in layer.get("options", {}):
+            if owner not in known:
+                raise UsageError(
+                    f"{path}: there are options of {owner!r}, which is not switched on{closest(owner, known)}"
+                )
+    for row in suite.published:
+        if not ({"data", "method", "source"} <= row.keys() and row["data"] in suite.data):
+            raise UsageError(
+                f"{path}: a [[published]] row names its source, its method and one of the suite's data sets"
+            )
+    for data in suite.data:
+        for name, least in suite.target_of(data).items():
+            if name not in TARGETS or isinstance(least, bool) or not isinstance(least, (int, float)):
+                raise UsageError(
+                    f"{path}: a target is the least number of {', '.join(TARGETS)}, not {name} = {least!r}"
+                    f"{closest(name, TARGETS)}"
+                )
     return suite
+
+
+def _need_tables(content: Mapping[str, Any], path: Path) -> None:
+    """Refuse values where tables belong."""
+    inner = {f"{key}.{name}": t for key in ("data", "methods") for name, t in _table(content.get(key, {}), key, path)}
+    outer = {key: content.get(key, {}) for key in ("settings", "target")}
+    for where, table in {**outer, **inner}.items():
+        for key, value in _table(table, where, path):
+            if key == "options":
+                for owner, chosen in _table(value, f"{where}.options", path):
+                    _table(chosen, f"{where}.options.{owner}", path)
+            if key == "target" and where in inner:
+                _table(value, f"{where}.target", path)
+    rows = content.get("published", [])
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UsageError(f"{path}: 'published' is a list of tables, [[published]]")
+
+
+def _table(value: Any, where: str, path: Path) -> Iterable[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        raise UsageError(f"{path}: {where!r} is a table, [{where}], not {value!r}")
+    return value.items()
 
 
 def narrowed(
@@ -216,7 +272,7 @@ def train(config: Config, out: Path, children: Children) -> None:
     assert config.name is not None
     folder = out / config.name
     threads = config.threads if isinstance(config.threads, int) else os.cpu_count() or 1
-    if state_of(folder) == "begun" and any(folder.glob("checkpoints/step-*")):
+    if state_of(folder) == "begun" and _can_continue(folder):
         arguments = ["resume", str(folder)]
     else:
         shutil.rmtree(folder, ignore_errors=True)
@@ -229,8 +285,17 @@ def train(config: Config, out: Path, children: Children) -> None:
         raise Interrupted
     if code:
         folder.mkdir(parents=True, exist_ok=True)
-        reason = said.strip().splitlines()[-1] if said.strip() else f"exit code {code}"
-        write_atomic(folder / FAILED, json.dumps({"exit_code": code, "reason": reason.removeprefix("gankit: ")}) + "\n")
+        reason = reason_of(said) or f"exit code {code}"
+        write_atomic(folder / FAILED, json.dumps({"exit_code": code, "reason": reason}) + "\n")
+
+
+def reason_of(said: str) -> str:
+    """Why a process failed, by its error stream: the last line, or what stands below a traceback, notes included."""
+    lines = said.strip().splitlines()
+    if not any(line.startswith("Traceback ") for line in lines):
+        return "".join(lines[-1:]).removeprefix("gankit: ")
+    inside = max(i for i, line in enumerate(lines) if line.startswith((" ", "Traceback ")))
+    return " ".join(lines[inside + 1 :])
 
 
 # -- engines -------------------------------------------------------------------------------------------------------
@@ -314,7 +379,8 @@ def unpack(content: Mapping[str, bytes], folder: Path) -> None:
         (scratch / name).parent.mkdir(parents=True, exist_ok=True)
         (scratch / name).write_bytes(data)
     (scratch / "checkpoints").mkdir(parents=True, exist_ok=True)
-    newest = max((p.name for p in (scratch / "checkpoints").glob("step-*")), default=None)
+    steps = {int(p.name.removeprefix("step-")): p.name for p in (scratch / "checkpoints").glob("step-*")}
+    newest = steps[max(steps)] if steps else None
     if newest:
         (scratch / "checkpoints" / "latest").symlink_to(newest)
     shutil.rmtree(folder, ignore_errors=True)
@@ -333,10 +399,11 @@ def execute(
     retry: bool = False,
     report: Callable[[Cell | None, int, int], None] = lambda cell, done, total: None,
 ) -> None:
-    """Train every cell that is not there yet, below ``out/runs``. Interrupted on SIGINT or SIGTERM, when all have saved.
+    """Train every cell that is not there yet, below ``out/runs``. Interrupted on a signal that asks for it, when all have
+    saved.
 
-    jobs: runs at a time; None: one per core. retry: also train those again that failed. report: called with the cell that
-    ended (None at first), and how many of how many are done.
+    jobs: runs at a time; None: as many as there are cores for their threads. retry: also train those again that failed.
+    report: called with the cell that ended (None at first), and how many of how many are done.
     """
     runs = out / "runs"
     runs.mkdir(parents=True, exist_ok=True)
@@ -344,15 +411,24 @@ def execute(
     cells = suite.cells()
     for cell in cells:
         config, folder = suite.config(cell), runs / cell.name
-        if state_of(folder) == "finished":
+        state = state_of(folder)
+        if state == "finished" or (state == "begun" and _can_continue(folder)):
             _need_same(config, folder)
-        elif state_of(folder) != "failed" or retry:
-            (folder / FAILED).unlink(missing_ok=True)
-            work[cell] = config
+        if state == "finished" or (state == "failed" and not retry):
+            continue
+        if folder.exists():
+            with held(folder):  # by nobody else, such as a child of a suite that was killed
+                pass
+        if state == "failed":
+            (folder / FAILED).unlink()
+            if _can_continue(folder) and _changes(config, folder):
+                shutil.rmtree(folder)
+        work[cell] = config
     done = len(cells) - len(work)
     report(None, done, len(cells))
     with interruptible():
-        training = ENGINES[engine](work, runs, jobs or cores())
+        threads = [config.threads for config in work.values() if isinstance(config.threads, int)]
+        training = ENGINES[engine](work, runs, jobs or max(1, cores() // max(threads, default=1)))
         try:
             for cell, trouble in training:
                 if trouble:
@@ -369,28 +445,37 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _can_continue(folder: Path) -> bool:
+    """Whether a run has a checkpoint; one without begins anew."""
+    return any(folder.glob("checkpoints/step-*"))
+
+
 def _need_same(config: Config, folder: Path) -> None:
-    """Refuse a finished run that another version of the suite asked for."""
-    recorded = configuration.plain(configuration.make(*configuration.read_toml(folder / "config.toml")))
-    wanted = {key: value for key, value in configuration.plain(config).items() if value is not None}
-    ignored = ("out", "device", "threads", "keep")
-    changed = configuration.differences({key: recorded[key] for key in wanted}, wanted)
-    changed = [change for change in changed if not change.startswith(ignored)]
-    if changed:
+    """Refuse a run that another version of the suite asked for."""
+    if changed := _changes(config, folder):
         raise UsageError(
             f"{folder} was made with other settings ({'; '.join(changed)}): give another --out, or delete it"
         )
 
 
+def _changes(config: Config, folder: Path) -> list[str]:
+    """What a run was asked for besides what the suite asks for now, recipes filled in; not where and by how many threads."""
+    shape = tuple(json.loads((folder / "data.json").read_text())["shape"])
+    recorded = configuration.make(*configuration.read_toml(folder / "config.toml"))
+    same = {name: getattr(recorded, name) for name in ("out", "device", "threads", "keep")}
+    wanted = replace(configuration.resolve(config, shape), **same)
+    return configuration.differences(configuration.plain(recorded), configuration.plain(wanted))
+
+
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does: with Interrupted."""
+    """Signals that ask for it (:mod:`gankit.stops`) end the block with Interrupted."""
 
     def handle(number: int, frame: Any) -> None:
         raise Interrupted
 
     threaded = threading.current_thread() is not threading.main_thread()
-    before = {} if threaded else {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {} if threaded else {n: signal.signal(n, handle) for n in stops.signals()}
     try:
         yield
     finally:

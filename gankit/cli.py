@@ -552,7 +552,8 @@ def bench(
                     one, folder, jobs=None if jobs == "auto" else int(jobs), engine=engine, retry=retry, report=progress
                 )
             except benching.Interrupted:
-                raise Stopped(f"stopped; all runs have saved, and the same command continues: {folder}") from None
+                kept = "all runs have saved" if engine == "processes" else "what had ended is kept"
+                raise Stopped(f"stopped; {kept}, and the same command continues: {folder}") from None
         rows = results.write(one, folder, Terminal(console))
         found.append(results.plain(one, rows))
         show_bench(console, one, rows, folder)

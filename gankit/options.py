@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import numbers
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -70,7 +71,7 @@ def convert(value: Any, annotation: Any, where: str) -> Any:
     """
     try:
         return _convert(value, annotation)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise UsageError(f"{where} must be {type_name(annotation)}, not {value!r}") from None
 
 
@@ -87,7 +88,7 @@ def _convert(value: Any, annotation: Any) -> Any:
         for choice in (a for a in arguments if a is not type(None)):
             try:
                 return _convert(value, choice)
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, OverflowError):
                 continue
         raise ValueError
     if origin in (tuple, list):
@@ -98,7 +99,7 @@ def _convert(value: Any, annotation: Any) -> Any:
         if text not in TRUE + FALSE:
             raise ValueError
         return text in TRUE
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+    if isinstance(value, bool) or not isinstance(value, (str, numbers.Real)):
         raise TypeError
     if annotation is int:
         number = float(value)
@@ -106,7 +107,7 @@ def _convert(value: Any, annotation: Any) -> Any:
             raise ValueError
         return int(value) if not isinstance(value, str) or value.strip().lstrip("+-").isdigit() else int(number)
     if annotation is float:
-        if math.isnan(float(value)):
+        if not math.isfinite(float(value)):
             raise ValueError
         return float(value)
     if annotation is str and isinstance(value, str):

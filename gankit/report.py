@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from gankit.figures import Panel, Series, data_uri
 from gankit.files import write_atomic
 from gankit.plane import Array
 from gankit.provenance import metric_of
-from gankit.rundir import RunDir
+from gankit.rundir import RunDir, step_of
 from gankit.terminal import METRICS, label, shown
 
 MOST_RUNS = 24
@@ -132,7 +131,6 @@ def collect(run: RunDir, name: str) -> Run:
             documents[file] = run.read_json(file)
     metrics = [row for row in rows if row["step"] is not None]
     step = max([row["step"] for row in (*stats[-1:], *metrics[-1:])], default=0)
-    recorded = [(re.fullmatch(r"fakes-(\d+)", path.stem), path) for path in run.samples.glob("fakes-*.png")]
     return Run(
         name=name,
         folder=run.path,
@@ -143,7 +141,7 @@ def collect(run: RunDir, name: str) -> Run:
         stats=stats,
         documents=documents,
         plugins=documents.get("plugins.json", {}),
-        pictures=dict(sorted((int(match[1]), path) for match, path in recorded if match)),
+        pictures={step_of(path): path for path in run.fakes()},
     )
 
 

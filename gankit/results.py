@@ -29,6 +29,7 @@ from gankit.rundir import RunDir, to_json
 from gankit.terminal import label, shown
 
 CONFIDENCE = 0.95
+FEW = 6  # seeds; of fewer no resampling covers 95 %: both ends lie among the values, and all of 5 are above or below 1 in 16
 RESAMPLES = 10_000
 THUMBNAIL = 480  # pixels of a picture's width
 
@@ -52,7 +53,7 @@ class Row:
 
 
 class Estimate(NamedTuple):
-    """A mean over n seeds with its bootstrap interval."""
+    """A mean over n seeds with its bootstrap interval; of fewer than :data:`FEW`, low and high are the values' own ends."""
 
     mean: float
     low: float
@@ -96,6 +97,7 @@ def _row(suite: Suite, cell: Cell, run: RunDir, state: str) -> Row:
             "torch": env["torch"].split("+")[0],
             "device": config.device,
             "samples": config.eval_samples,
+            "plugins": {name: facts["version"] for name, facts in run.read_json("plugins.json").items()},
         },
     )
 
@@ -122,17 +124,22 @@ def _seconds(lines: Sequence[Mapping[str, Any]], step: int) -> float:
             break
         total += line["ms/step"] / 1000 * (min(line["step"], step) - last)
         last = line["step"]
-    return total
+    return total + (
+        lines[-1]["ms/step"] / 1000 * max(0, step - last) if lines else 0.0
+    )  # as fast as up to the last line
 
 
 # -- statistics ----------------------------------------------------------------------------------------------------
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The mean of seeds' values and its 95 % interval: the bias-corrected bootstrap; no interval for a single value."""
+    """The mean of seeds' values and its 95 % interval: the bias-corrected bootstrap.
+
+    Of fewer than :data:`FEW` values, instead of the interval, the lowest and the highest; of a single one, nothing.
+    """
     mean, n = statistics.fmean(values), len(values)
-    if n < 2 or len(set(values)) == 1:
-        return Estimate(mean, mean if n > 1 else math.nan, mean if n > 1 else math.nan, n)
+    if n < FEW or len(set(values)) == 1:
+        return Estimate(mean, min(values) if n > 1 else math.nan, max(values) if n > 1 else math.nan, n)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # it gives nan, and the next method is asked
         for method in ("BCa", "percentile"):
@@ -198,12 +205,13 @@ class Table:
 def tabulate(suite: Suite, rows: Sequence[Row]) -> list[Table]:
     """One table per data set, length of training and provenance; failed rows go to each table of their data set."""
     tables = []
-    for data, steps in dict.fromkeys((row.data, row.steps) for row in rows):
-        mine = [row for row in rows if row.data == data and row.steps == steps]
+    known = {row.data for row in rows if row.steps}
+    for data, steps in dict.fromkeys((row.data, row.steps) for row in rows if row.steps or row.data not in known):
+        mine = [
+            row for row in rows if row.data == data and row.steps in (steps, 0)
+        ]  # 0: it failed before that was known
         finished = [row for row in mine if row.status == "finished"]
-        groups = {json.dumps(row.provenance, sort_keys=True): row.provenance for row in finished} or {"": {}}
-        for key, provenance in groups.items():
-            same = [row for row in finished if json.dumps(row.provenance, sort_keys=True) == key]
+        for provenance, same in _groups(finished) or [({}, [])]:
             metrics = list(dict.fromkeys(name for row in same for name in row.metrics))
             failed = [row for row in mine if row.status == "failed"]
             lines = [
@@ -214,6 +222,22 @@ def tabulate(suite: Suite, rows: Sequence[Row]) -> list[Table]:
             truth = {name: value for row in same[:1] for name, value in row.truth.items() if value is not None}
             tables.append(Table(data, provenance, truth, metrics, lines, suite.target_of(data)))
     return tables
+
+
+def _groups(rows: Sequence[Row]) -> list[tuple[dict[str, Any], list[Row]]]:
+    """Rows of one provenance each; they share no plugin of two versions."""
+    groups: list[tuple[dict[str, Any], dict[str, str], list[Row]]] = []
+    for row in rows:
+        facts = {key: value for key, value in row.provenance.items() if key != "plugins"}
+        versions = row.provenance.get("plugins", {})
+        for provenance, seen, members in groups:
+            if provenance == facts and all(seen.get(name, version) == version for name, version in versions.items()):
+                seen |= versions
+                members.append(row)
+                break
+        else:
+            groups.append((facts, dict(versions), [row]))
+    return [({**provenance, "plugins": seen} if seen else provenance, members) for provenance, seen, members in groups]
 
 
 def _line(suite: Suite, method: str, steps: int, mine: list[Row], same: list[Row], failed: list[Row]) -> Line:
@@ -281,7 +305,7 @@ def cells_of(table: Table, brief: bool = False) -> tuple[list[str], list[list[st
             found = line.estimates.get(name)
             row.append("-" if found is None else _estimate(name, found, line, brief))
         if timed:
-            reached = f"{line.reached} of {line.seeds}"
+            reached = f"{line.reached} of {line.seeds + len(line.failed)}"
             if line.to_target and not brief:
                 reached += f", step {line.to_target['step']:,.0f}, {line.to_target['seconds']:.0f} s"
             row.append(reached if line.seeds else "-")
@@ -300,7 +324,9 @@ def _estimate(name: str, found: Estimate, line: Line, brief: bool) -> str:
         return text
     if found.n > 1:
         low, high = (f"{v:.1f}" if metric_of(name) == "modes" else shown(name, v) for v in found[1:3])
-        text += f" [{low}, {high}]"
+        text += f" [{low}, {high}]" if found.n >= FEW else f" ({low} to {high})"
+    if found.n < line.seeds:
+        text += f" of {found.n}"
     test = line.against.get(name)
     if test:
         text += f", p = {test[1]:.2g}"
@@ -322,11 +348,8 @@ def markdown(suite: Suite, rows: Sequence[Row], pictures: Mapping[str, str] | No
         header, body = cells_of(table)
         steps = table.lines[0].steps if table.lines else 0
         parts.append(f"### {table.data}, {steps:,} steps")
-        if sum(t.data == table.data for t in tables) > 1:
-            facts = ", ".join(
-                f"{key} {value}" for key, value in table.provenance.items() if not isinstance(value, dict)
-            )
-            parts.append(f"Only comparable within this table: {facts}.")
+        if facts := _apart(table.provenance, [t.provenance for t in tables if t.data == table.data]):
+            parts.append(f"Only comparable within this table: {', '.join(facts)}.")
         parts.append("\n".join([_md(header), _md(["---"] * len(header)), *map(_md, body)]))
         parts += [f"`{line.method}` failed: {'; '.join(line.failed)}." for line in table.lines if line.failed]
     parts.append(legend(suite))
@@ -336,13 +359,30 @@ def markdown(suite: Suite, rows: Sequence[Row], pictures: Mapping[str, str] | No
     return "\n\n".join(parts) + "\n"
 
 
+def _apart(mine: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What of a provenance differs in one of the others."""
+    found = [
+        f"{key} {json.dumps(value) if isinstance(value, dict) else value}"
+        for key, value in mine.items()
+        if key != "plugins" and any(other.get(key) != value for other in others)
+    ]
+    plugins = [other.get("plugins", {}) for other in others]
+    for name, version in mine.get("plugins", {}).items():
+        if any(known.get(name, version) != version for known in plugins):
+            found.append(f"{name} {version}")
+    return found
+
+
 def _md(row: Iterable[str]) -> str:
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
 
 
 def legend(suite: Suite) -> str:
     """What the numbers of a table are."""
-    text = "Mean over seeds and its 95 % bootstrap interval."
+    text = (
+        f"Mean over seeds and its 95 % bootstrap interval; of fewer than {FEW}, which give none, the lowest and the highest "
+        "in parentheses."
+    )
     if suite.baseline:
         text += (
             f" p: paired permutation test against `{suite.baseline}` on the same seeds, not corrected for many methods."
@@ -394,13 +434,13 @@ def sheets(suite: Suite, runs: Path) -> dict[str, Image.Image]:
     found: dict[str, dict[str, Image.Image]] = {}
     for cell in _first(suite, runs):
         run = RunDir(runs / cell.name)
-        summary, path = run.read_json("summary.json"), max(run.samples.glob("fakes-*.png"), default=None)
-        if path is None:
+        summary, fakes = run.read_json("summary.json"), run.fakes()
+        if not fakes:
             continue
         known = {metric_of(name): value for name, value in summary["metrics"].items()}
         figures = [f"{shown(name, known[name])} {label(name)}" for name in HEADLINE if name in known][:2]
         of = cell.method if cell.steps is None else f"{cell.method}, {cell.steps:,} steps"
-        with Image.open(path) as picture:
+        with Image.open(fakes[-1]) as picture:
             found.setdefault(cell.data, {})[f"{of}\n{', '.join(figures)}"] = picture.copy()
     return {data: sheet(pictures) for data, pictures in found.items()}
 
@@ -441,7 +481,7 @@ def gallery(suite: Suite, runs: Path, reporter: Reporter) -> list[Shown]:
             reporter.loading(done, len(first), "drawing")
             with suppress(UsageError):  # of a checkpoint or a plugin that is gone; the tables need neither
                 inversion.interpolate(run, reporter, to=str(between), checkpoint="latest")
-        pictures = {"samples": max(run.samples.glob("fakes-*.png"), default=between), "between latents": between}
+        pictures = {"samples": [between, *run.fakes()][-1], "between latents": between}
         uris = {
             what: figures.data_uri(figures.shrunk(path, THUMBNAIL)) for what, path in pictures.items() if path.exists()
         }

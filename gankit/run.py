@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from gankit import __version__, losses, networks, pictures, plane
+from gankit import __version__, losses, networks, pictures, plane, stops
 from gankit import config as configuration
 from gankit import data as datasets
 from gankit.config import Config, Device
@@ -30,7 +30,7 @@ from gankit.data import Dataset
 from gankit.diagnose import Finding, Record, Watch, diagnose
 from gankit.distributed import Together, team
 from gankit.errors import Diverged, UsageError
-from gankit.files import write_atomic
+from gankit.files import held, write_atomic
 from gankit.gan import GAN, Latent, Optim, derive_seed
 from gankit.loop import train
 from gankit.plugins import Source, available, create, find, load_object
@@ -224,19 +224,22 @@ class Session:
         run.append("metrics.jsonl", {"step": None, **measure(self.gan, truth=data)})
         record_provenance(self.gan, run)
 
-    def restore(self, changeable: tuple[str, ...] = ()) -> None:
-        """Continue from the latest checkpoint; UsageError when settings or plugins are not what they were."""
-        state, weights = self.team.led(partial(self._checkpoint, changeable))
+    def restore(self) -> None:
+        """Continue from the latest checkpoint; UsageError when settings or plugins are not what they were.
+
+        Only the end may be another: a run is given more steps in its configuration, and may be killed before it saves again.
+        """
+        state, weights = self.team.led(self._checkpoint)
         self.gan.load_weights(weights)
         self.gan.load_state_dict(state)
         self.run.trim(self.gan.step)
         self.saver.saved = self.gan.step
 
-    def _checkpoint(self, changeable: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
+    def _checkpoint(self) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
         checkpoint = self.run.checkpoint("latest")
         state = self.run.load_state(checkpoint)
         changed = configuration.differences({"processes": 1, **state["facts"]}, self.saver.facts)
-        changed = [change for change in changed if not change.startswith(tuple(f"{name}:" for name in changeable))]
+        changed = [change for change in changed if not change.startswith("config.steps:")]
         if changed:
             raise UsageError(
                 f"{self.run.path} cannot be continued, because this has changed since its checkpoint: "
@@ -317,7 +320,7 @@ def _cuda_clock() -> float:
 
 @contextmanager
 def stoppable(stopping: GAN | Together) -> Iterator[list[int]]:
-    """SIGINT and SIGTERM end training after the running step. Yields the signals received.
+    """Signals that ask for it (:mod:`gankit.stops`) end training after the running step. Yields those received.
 
     A second one aborts, but not in a team: there it comes by itself, from the terminal and from torchrun.
     """
@@ -331,7 +334,7 @@ def stoppable(stopping: GAN | Together) -> Iterator[list[int]]:
 
     before: dict[int, Any] = {}
     with suppress(ValueError):  # outside the main thread the caller looks after signals
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, handle) for number in stops.signals()}
     try:
         yield received
     finally:
@@ -355,17 +358,18 @@ def start(config: Config, reporter: Reporter) -> Result:
     label = "-".join(Path(name.rpartition(":")[2]).stem for name in (config.data, *config.plugin))
     members = team()
     run = members.led(partial(RunDir.create, Path(config.out), config.name, label))
-    try:
-        session = Session(config, data, run, reporter)
-        if members.rank == 0:
-            session.record(summary)
-        own = ("rank", str(members.rank)) if members.rank else ()
-        torch.manual_seed(derive_seed(config.seed, *own, "global"))  # for a user's own layers, such as dropout
-    except BaseException:
-        if members.rank == 0:
-            run.remove()
-        raise
-    return session.train()
+    with held(run.path) if members.rank == 0 else nullcontext():
+        try:
+            session = Session(config, data, run, reporter)
+            if members.rank == 0:
+                session.record(summary)
+            own = ("rank", str(members.rank)) if members.rank else ()
+            torch.manual_seed(derive_seed(config.seed, *own, "global"))  # for a user's own layers, such as dropout
+        except BaseException:
+            if members.rank == 0:
+                run.remove()
+            raise
+        return session.train()
 
 
 def dry_run(config: Config, reporter: Reporter) -> Session:
@@ -392,20 +396,23 @@ def recorded_config(run: RunDir) -> Config:
 
 def _unfinished(run: RunDir, steps: int | None) -> Config:
     config = recorded_config(run)
-    ended = run.path / "summary.json"
-    if steps is None and ended.exists() and run.read_json("summary.json")["status"] == "finished":
+    ended = run.read_json("summary.json") if (run.path / "summary.json").exists() else {"status": "running"}
+    # of fewer steps it is of before it was continued, and killed
+    if steps is None and ended["status"] == "finished" and ended["steps"] >= (config.steps or 0):
         raise UsageError(f"{run.path} has finished its {config.steps} steps: give --steps to go on")
     return replace(config, steps=steps or config.steps)
 
 
 def resume(run: RunDir, reporter: Reporter, steps: int | None = None) -> Result:
     """``gankit resume``: continue from the latest checkpoint, bit for bit; ``steps`` sets a new end."""
-    config = team().led(partial(_unfinished, run, steps))
-    session = Session(config, read_data(config, reporter), run, reporter)
-    session.restore(changeable=("config.steps",) if steps else ())
-    if steps and session.team.rank == 0:
-        write_atomic(run.path / "config.toml", configuration.to_toml(session.config))
-    return session.train()
+    members = team()
+    with held(run.path) if members.rank == 0 else nullcontext():
+        config = members.led(partial(_unfinished, run, steps))
+        session = Session(config, read_data(config, reporter), run, reporter)
+        session.restore()
+        if steps and members.rank == 0:
+            write_atomic(run.path / "config.toml", configuration.to_toml(session.config))
+        return session.train()
 
 
 def load(

@@ -36,6 +36,11 @@ from gankit.files import naming, write_atomic
 CHECKPOINT = re.compile(r"step-(\d+)")
 
 
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint or of a picture; names of a million steps and more are longer."""
+    return int(path.stem.rpartition("-")[2])
+
+
 def to_json(value: Any) -> str:
     """JSON for people; not-a-number and infinity, which JSON lacks, become null."""
     return json.dumps(_finite(value), indent=2) + "\n"
@@ -138,7 +143,7 @@ class RunDir:
             kept = [row for row in self.rows(name) if (row["step"] or 0) <= step]
             write_atomic(self.path / name, "".join(json.dumps(row) + "\n" for row in kept))
         for picture in self.samples.glob("fakes-*.*"):
-            if int(picture.stem.split("-")[1]) > step:
+            if step_of(picture) > step:
                 picture.unlink()
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
@@ -182,7 +187,11 @@ class RunDir:
 
     def steps(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
-        return sorted(p for p in self.checkpoints.glob("*") if CHECKPOINT.fullmatch(p.name))
+        return sorted((p for p in self.checkpoints.glob("*") if CHECKPOINT.fullmatch(p.name)), key=step_of)
+
+    def fakes(self) -> list[Path]:
+        """The pictures of what G makes, oldest first."""
+        return sorted(self.samples.glob("fakes-*.png"), key=step_of)
 
     def checkpoint(self, which: str | None = None) -> Path:
         """The folder of the checkpoint called "latest" or "best" or of a step; None: the best if there is one."""

@@ -218,7 +218,7 @@ def show_result(console: Console, result: Result, reported: bool = True) -> None
         console.print(terms)
         console.print()
     console.print(f"{result.status} after step {result.step} of {result.steps} ({result.seconds:.1f} s)")
-    lines = [f"picture: {path}" for path in sorted(result.run.samples.glob("fakes-*.png"))[-1:]]
+    lines = [f"picture: {path}" for path in result.run.fakes()[-1:]]
     curves, page = result.run.path / "curves.png", result.run.path / "report.html"
     if reported:
         drawn = curves if curves.exists() else 'pip install "gankit[plot]" to have them drawn'

@@ -13,8 +13,10 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ from rich.console import Console
 
 from gankit import UsageError, bench, protocols, results
 from gankit.cli import main
-from gankit.files import write_atomic
+from gankit.files import held, write_atomic
 from gankit.losses import make
 from gankit.plugins import create
 from gankit.provenance import metric_of
@@ -134,7 +136,20 @@ def test_settings_go_from_all_to_one() -> None:
         (("seeds = 2", "seeds = 0"), "from 1 on"),
         (("seeds = 2", "seeds = 2\nfirst_seed = -1"), "first_seed must be a whole number from 0 on"),
         (("width = 8", "widht = 8"), "did you mean 'width'"),
-        (("[methods.none]", "methods = 3\n[x]"), "valid TOML|is a table|has no 'x'"),
+        (("[methods.none]", "[methods]\nnone = 3"), "'methods.none' is a table"),
+        (('[data.ring]\ndata = "ring"', '[data]\nring = "ring"'), "'data.ring' is a table"),
+        (("options.r1.weight = 3", "options = 3"), "'settings.options' is a table"),
+        (("options.r1.weight = 3", "options.r1 = 3"), "'settings.options.r1' is a table"),
+        (("options.r1.weight = 3", "options.r_1.weight = 3"), "options of 'r_1', which is not .* mean 'r1'"),
+        (("options.packing.m = 3", "options.r1.m = 3"), "options of 'r1', which is not switched on"),
+        (('data = "ring"\nmethod = "r1"', 'method = "r1"'), "names its source, its method and one of"),
+        (("target = { modes = 1 }", "target = { mode = 1 }"), "mode = 1 .did you mean 'modes'"),
+        (("target = { modes = 1 }", 'target = { modes = "1" }'), "least number of modes"),
+        (("target = { modes = 1 }", "target = { fid = 10 }"), "least number of modes"),
+        (
+            ("[methods.none]", '[data.ring-a]\ndata = "ring"\n[methods.a-none]\n[methods.none]'),
+            "folder 'ring-a-none-s0'",
+        ),
     ],
 )
 def test_a_wrong_suite_is_one_sentence(change: tuple[str, str], said: str, tmp_path: Path) -> None:
@@ -215,6 +230,62 @@ def test_retry_trains_what_failed(finished: tuple[bench.Suite, Path], tmp_path: 
     assert results.collect(suite, tmp_path)[0].status == "finished"
 
 
+def test_what_was_begun_with_other_settings_is_refused_and_what_failed_so_begins_anew(
+    finished: tuple[bench.Suite, Path], tmp_path: Path
+) -> None:
+    suite, out = finished
+    suite = bench.narrowed(suite, seeds=range(1), methods=["none"], data=[], steps=None)
+    run = tmp_path / "runs" / "ring-none-s0"
+    shutil.copytree(out / "runs" / "ring-none-s0", run, symlinks=True)
+    (run / "summary.json").unlink()
+    assert bench.state_of(run) == "begun"
+    other = replace(suite, settings={**suite.settings, "batch": 8})
+    with pytest.raises(UsageError, match=r"other settings \(batch: 16 -> 8\)"):
+        bench.execute(other, tmp_path)
+    fewer = replace(suite, settings={key: value for key, value in suite.settings.items() if key != "width"})
+    with pytest.raises(UsageError, match=r"other settings \(width: 8 -> 96\)"):
+        bench.execute(fewer, tmp_path)
+    with held(run), pytest.raises(UsageError, match="by another process"):
+        bench.execute(suite, tmp_path)
+    (run / bench.FAILED).write_text('{"exit_code": 1, "reason": "it diverged"}\n')
+    bench.execute(other, tmp_path, retry=True)
+    assert [row.status for row in results.collect(suite, tmp_path)] == ["finished"]
+    assert "batch = 8" in (run / "config.toml").read_text()
+
+
+def test_as_many_runs_at_a_time_as_their_threads_have_cores(
+    finished: tuple[bench.Suite, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def engine(work: object, out: Path, jobs: int) -> Iterator[Any]:
+        asked.append(jobs)
+        yield from ()
+
+    monkeypatch.setitem(bench.ENGINES, "processes", engine)
+    monkeypatch.setattr(bench, "cores", lambda: 8)
+    suite, _ = finished
+    for threads, jobs in ((1, None), (4, None), (16, None), (4, 3)):
+        bench.execute(replace(suite, settings={**suite.settings, "threads": threads}), tmp_path, jobs=jobs)
+    assert asked == [8, 2, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("", ""),
+        ("warning: w\ngankit: packing joins 3 samples\n", "packing joins 3 samples"),
+        (
+            "Traceback (most recent call last):\n  File x\n    y\n  File z\n    ^\n"
+            "ValueError: boom\nin plugin 'x', hook 'y'\n",
+            "ValueError: boom in plugin 'x', hook 'y'",
+        ),
+    ],
+)
+def test_a_reason_is_what_was_said_and_by_whom(said: str, reason: str) -> None:
+    assert bench.reason_of(said) == reason
+
+
 def test_a_stopped_suite_continues_to_the_same_numbers(tmp_path: Path) -> None:
     path = suite_file(tmp_path, steps=300)
     command = [sys.executable, "-m", "gankit", "bench", str(path), "--out", str(tmp_path / "a"), "--seeds", "1"]
@@ -247,6 +318,14 @@ def test_ray_gives_the_same_table(finished: tuple[bench.Suite, Path], tmp_path: 
 
 
 # -- statistics ----------------------------------------------------------------------------------------------------
+
+
+def test_the_interval_covers_what_it_says() -> None:
+    draws = torch.randn(150, results.FEW + 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    covered = statistics.fmean((e := results.estimate(x)).low <= 0 <= e.high for x in draws.tolist())
+    assert 0.84 < covered < 0.98  # a bootstrap of ten covers a few per cent less than it says
+    few = [results.estimate(x[: results.FEW - 1]) for x in draws.tolist()]
+    assert [(e.low, e.high) for e in few] == [(min(x[:5]), max(x[:5])) for x in draws.tolist()]
 
 
 def test_the_interval_holds_the_mean_and_shrinks() -> None:
@@ -290,6 +369,8 @@ def test_time_to_target_is_the_first_evaluation_that_holds_all() -> None:
     target = {"modes": 8, "high_quality": 0.9}
     assert results.time_to_target(metrics, lines, target) == {"step": 30, "seconds": pytest.approx(0.25 + 0.5)}
     assert results.time_to_target(metrics[:2], lines, target) is None
+    late = results.time_to_target([{"step": 60, "modes": 8, "high_quality": 1}], lines, target)
+    assert late == {"step": 60, "seconds": pytest.approx(0.25 + 2.5 + 1.0)}  # the last line is of step 50
     assert results.time_to_target(metrics, lines, {}) is None
 
 
@@ -304,10 +385,42 @@ def test_rows_of_other_provenance_are_never_compared(finished: tuple[bench.Suite
     tables = results.tabulate(suite, rows)
     assert [[line.method for line in table.lines] for table in tables] == [["none"], ["r1"]]
     assert all(not line.against for table in tables for line in table.lines)
-    assert "Only comparable within this table: protocol p, gankit 2." in results.markdown(suite, rows)
+    assert "Only comparable within this table: gankit 2." in results.markdown(suite, rows)
     (table,) = results.tabulate(suite, [row("none", 0, 0.1), row("none", 1, 0.2), row("r1", 0, 0.5), row("r1", 1, 0.6)])
     test = table.lines[1].against["high_quality"]
     assert test is not None and math.isclose(test[0], 0.4)
+
+
+def test_rows_made_by_two_versions_of_a_plugin_are_never_compared(finished: tuple[bench.Suite, Path]) -> None:
+    suite, _ = finished
+
+    def versions(one: Row, **plugins: str) -> Row:
+        return replace(one, provenance={**one.provenance, "plugins": plugins})
+
+    rows = [row("none", 0, 0.1), row("none", 1, 0.2), row("none", 2, 0.3)]
+    rows += [versions(row("r1", s, 0.5), r1="0.1") for s in (0, 1)] + [versions(row("r1", 2, 0.5), r1="0.2")]
+    tables = results.tabulate(suite, rows)
+    assert [[(line.method, line.seeds) for line in table.lines] for table in tables] == [
+        [("none", 3), ("r1", 2)], [("r1", 1)],
+    ]  # fmt: skip
+    text = results.markdown(suite, rows)
+    assert "within this table: r1 0.1." in text and "within this table: r1 0.2." in text
+    one = results.markdown(suite, rows[:5])  # where only one of two methods has the plugin
+    assert "Only comparable" not in one and "| `r1` (2 seeds)" in one
+
+
+def test_a_mean_says_of_how_many_it_is_and_what_failed_reached_nothing(finished: tuple[bench.Suite, Path]) -> None:
+    suite, _ = finished
+    rows = [replace(row("r1", s, 0.1 * s), to_target={"step": 5, "seconds": 1.0}) for s in range(9)]
+    rows[3].metrics["high_quality"] = None
+    rows.append(replace(row("r1", 9, 0.0), status="failed", reason="gone", metrics={}, steps=0))
+    (table,) = results.tabulate(suite, rows)
+    header, body = results.cells_of(table)
+    cells = dict(zip(header, body[1], strict=True))
+    assert cells["high quality"].endswith("] of 8") and cells["target"].startswith("9 of 10,")
+    assert table.lines[0].failed == ["seed 9: gone"]
+    few = results.cells_of(results.tabulate(suite, [row("r1", s, 0.25 * s) for s in range(3)])[0])[1][1]
+    assert "25.0% (0.0% to 50.0%)" in few
 
 
 def test_the_page_escapes_what_it_shows(finished: tuple[bench.Suite, Path]) -> None:

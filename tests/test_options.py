@@ -1,6 +1,7 @@
 """Options and configuration: types, closest matches, TOML round trips."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -48,6 +49,11 @@ def test_convert(value: object, annotation: object, expected: object) -> None:
         ("1.5", int),
         ("x", float),
         ("nan", float),
+        ("inf", float),
+        ("inf", int),
+        ("-1e999", int),
+        ("1e400", int | None),
+        (math.inf, int | Literal["auto"]),
         (True, int),
         ("maybe", bool),
         ("d", Literal["a"]),

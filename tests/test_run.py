@@ -20,6 +20,7 @@ from processes import IMAGES, alone
 
 from gankit import networks, plugins
 from gankit.cli import main
+from gankit.files import held
 
 ROOT = Path(__file__).parents[1]
 IN_TREE = sorted(path.parent.name for path in (ROOT / "plugins").glob("*/pyproject.toml"))
@@ -173,7 +174,7 @@ def test_a_run_killed_at_ten_random_moments_ends_in_the_same_weights() -> None:
     assert_equal_states(final_state(Path("runs/whole"), 800), final_state(Path("runs/killed"), 800))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_leaves_a_resumable_run(number: signal.Signals) -> None:
     settings = [
         "--batch",
@@ -209,6 +210,17 @@ def test_a_finished_run_is_left_alone_until_more_steps_are_asked_for() -> None:
     assert Path("runs/r/summary.json").read_text() == before
     gankit("resume", "r", "--steps", "14")
     assert "steps = 14" in Path("runs/r/config.toml").read_text()
+
+
+def test_a_run_whose_continuation_was_killed_can_be_continued() -> None:
+    gankit("run", "--name", "r", *FAST)
+    run = Path("runs/r")
+    config = run / "config.toml"
+    config.write_text(config.read_text().replace("steps = 12", "steps = 14"))  # resume --steps 14, then kill -9
+    gankit("resume", str(run))
+    assert json.loads((run / "summary.json").read_text())["step"] == 14
+    with held(run):
+        assert "by another process" in gankit("resume", str(run), "--steps", "16", code=2).output
 
 
 def test_resume_refuses_and_names_what_changed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gankit import UsageError
-from gankit.files import write_atomic
+from gankit.files import held, write_atomic
 from gankit.rundir import RunDir
 
 
@@ -72,6 +72,25 @@ def test_without_a_best_the_latest_counts(run: RunDir) -> None:
     assert run.checkpoint().name == "step-000005"
     with pytest.raises(UsageError, match="no checkpoint 'best'"):
         run.checkpoint("best")
+
+
+def test_steps_of_a_million_and_more_come_last(run: RunDir) -> None:
+    for step in (1_000_000, 900_000):
+        run.save(WEIGHTS, {}, step)
+        (run.samples / f"fakes-{step:06d}.png").touch()
+    assert [path.name for path in run.steps()] == ["step-900000", "step-1000000"]
+    assert run.checkpoint("latest").name == "step-1000000"
+    assert run.fakes()[-1].name == "fakes-1000000.png"
+    run.link("latest", run.checkpoints / "step-1000000")
+    run.prune(1)
+    assert [path.name for path in run.steps()] == ["step-1000000"]
+
+
+def test_a_folder_is_held_once_and_free_again(run: RunDir) -> None:
+    with held(run.path), pytest.raises(UsageError, match="being trained by another process"), held(run.path):
+        pass
+    with held(run.path):
+        pass
 
 
 def test_lines_cut_off_by_a_kill_are_left_out_and_later_ones_forgotten(run: RunDir) -> None:

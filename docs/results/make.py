@@ -86,7 +86,10 @@ def at_a_glance(known: Results, address: str = "") -> str:
         suite, rows = known[name]
         tables = results.tabulate(suite, rows)
         for data in suite.data:
-            found = {line.method: (table, line) for table in tables if table.data == data for line in table.lines}
+            lines_of = [(table, line) for table in tables if table.data == data for line in table.lines]
+            found = {line.method: (table, line) for table, line in lines_of}
+            if len(found) < len(lines_of):
+                raise UsageError(f"{name}: a method stands in two tables of {data}, and this one has place for one")
             table, line = found[recipe]
             base = _means(*found[suite.baseline], line.steps) if suite.baseline in found else "-"
             papers = [row for other, _ in known.values() for row in other.published if row["data"] == data]
