@@ -497,7 +497,8 @@ def exploding(record: Record) -> Seen:
     if not rows and not record.signals:
         raise Unknown("nothing was logged yet")
     loss = max((abs(row[key]) for row in rows[-2:] for key in ("d_loss", "g_loss")), default=0.0)
-    last = [row for row in record.signals if row["step"] is not None and row.get("d_gradient") is not None][-2:]
+    sized = [row for row in record.signals if all(row.get(f"{phase}_gradient") is not None for phase in "dg")]
+    last = [row for row in sized if row["step"] is not None][-2:]
     sizes = {phase: min((row[f"{phase}_gradient"] for row in last), default=0.0) for phase in "dg"}
     found = [sure for sure in (graded(loss, LOUD), graded(max(sizes.values()), EXPLODED)) if sure]
     if not found:

@@ -131,10 +131,11 @@ def collect(run: RunDir, name: str) -> Run:
             documents[file] = run.read_json(file)
     metrics = [row for row in rows if row["step"] is not None]
     step = max([row["step"] for row in (*stats[-1:], *metrics[-1:])], default=0)
+    ended = [row["diverged"] for row in run.rows("signals.jsonl") if row.get("diverged")]
     return Run(
         name=name,
         folder=run.path,
-        status=_status(documents, step, config.get("steps")),
+        status=f"diverged: {ended[-1]}" if ended and "failed.json" not in documents else _status(documents, step, config.get("steps")),
         config=config,
         metrics=metrics,
         truth=next((row for row in rows if row["step"] is None), {}),
@@ -181,7 +182,7 @@ def spread(count: int) -> list[int]:
 def draw_frames(run: Run, most: int, room: int, tell: Callable[[], None]) -> int:
     """Fill in the run's frames, and give the bytes they take.
 
-    Of all recorded pictures as many as fit into ``room`` bytes, spread over training; ``most`` of them, two at least.
+    Of all recorded pictures as many as fit into ``room`` bytes, spread over training; ``most`` of them, the last at least.
     """
     steps = list(run.pictures)
     chosen = [steps[i] for i in spread(len(steps))[:most]]
@@ -193,7 +194,7 @@ def draw_frames(run: Run, most: int, room: int, tell: Callable[[], None]) -> int
         layers, said = draw(step)
         size = sum(len(data) for _, data in layers)
         tell()
-        if used + size > room and len(run.frames) >= 2:
+        if used + size > room and run.frames:
             break
         used += size
         facts = _facts(run, step)

@@ -311,6 +311,8 @@ def test_rules_of_losses() -> None:
     assert not found(replace(record, stats=moving))
     assert found(logged(d_loss=-1000.0)) == {"exploding": "possible"}
     assert found(logged(d_loss=1e5)) == {"exploding": "certain"}
+    for size in ("d_gradient", "g_gradient"):  # infinite, which JSON lacks
+        assert found(logged(d_loss=1e5, change=always(**{size: None}))) == {"exploding": "certain"}
     assert not found(logged(d_loss=999.0))
     assert found(replace(record, stats=[*record.stats, {"step": 1001, "d_loss": None}])) == {"not finite": "certain"}
 

@@ -212,6 +212,13 @@ def test_a_run_that_failed_or_has_recorded_nothing(tmp_path: Path) -> None:
         page(folder)
 
 
+def test_a_run_that_diverged_says_so(tmp_path: Path) -> None:
+    folder = record(tmp_path / "a", ended="")
+    with (folder / "signals.jsonl").open("a") as file:
+        file.write('{"step": 31, "diverged": "step 31: term \'adv\' is nan"}\n')
+    assert "diverged: step 31: term 'adv' is nan" in Parsed(page(folder)).text
+
+
 def test_many_large_pictures_are_thinned_until_they_fit(tmp_path: Path) -> None:
     folder = record(tmp_path / "a", steps=tuple(range(10, 510, 10)), points=False)
     random = np.random.default_rng(0)

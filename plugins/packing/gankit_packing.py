@@ -63,7 +63,7 @@ class Packing:
             fitting = -(-samples // self.m) * self.m
             raise UsageError(
                 f"packing joins {self.m} samples at a time, which does not divide the batch of {samples}: "
-                f"set the batch size to {fitting}"
+                f"set the batch size to {fitting}; where only a data loader's last batch is short, drop it (drop_last=True)"
             )
         real, fake = (tuple(pack(t, self.m) for t in side) for side in view)
         return View(real, fake)
