@@ -520,45 +520,48 @@ def record(row: dict[str, Any], until: int = STEPS) -> rules.Record:
     return rules.Record(config, signals, (), stats)
 
 
-def wilson(hits: int, runs: int) -> str:
-    """A rate with its 95 % interval (Wilson 1927)."""
-    if not runs:
+Outcomes = list[tuple[str, bool]]  # the kind of a run, and what became of it
+
+
+def wilson(outcomes: Outcomes) -> str:
+    """A rate with its 95 % interval (Wilson 1927), as if the runs of one kind, which resemble each other, were one."""
+    if not outcomes:
         return "-"
+    runs, hits, n = len(outcomes), sum(hit for _, hit in outcomes), len({kind for kind, _ in outcomes})
     z, p = 1.96, hits / runs
-    middle, half = p + z * z / (2 * runs), z * math.sqrt(p * (1 - p) / runs + z * z / (4 * runs**2))
-    low, high = ((middle + sign * half) / (1 + z * z / runs) for sign in (-1, 1))
-    return f"{hits} of {runs}: {p:.0%} ({max(0.0, low):.0%} to {high:.0%})"
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n**2))
+    low, high = ((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+    return f"{hits} of {runs}: {p:.0%} ({max(0.0, low):.0%} to {min(1.0, high):.0%})"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Rates of hits and false alarms by finding, and of runs in which nothing is wrong, on these runs."""
-    hits: dict[str, list[bool]] = {name: [] for name in rules.RULES}
-    alarms: dict[str, list[bool]] = {name: [] for name in rules.RULES}
-    words: dict[str, list[bool]] = {word: [] for word in reversed(rules.WORDS.values())}
-    healthy, warned = [], []
+    hits: dict[str, Outcomes] = {name: [] for name in rules.RULES}
+    alarms: dict[str, Outcomes] = {name: [] for name in rules.RULES}
+    words: dict[str, Outcomes] = {word: [] for word in reversed(rules.WORDS.values())}
+    healthy: Outcomes = []
+    warned: Outcomes = []
     for row in rows:
         true = truths(row)
         found = {finding.name: finding for finding in rules.diagnose(record(row)).findings}
         for name, is_true in true.items():
-            (hits if is_true else alarms)[name].append(name in found)
+            (hits if is_true else alarms)[name].append((row["family"], name in found))
             if name in found:
-                words[found[name].word].append(is_true)
+                words[found[name].word].append((row["family"], is_true))
         if not any(true.values()):
-            healthy.append(bool(found))
+            healthy.append((row["family"], bool(found)))
             steps = [r["step"] for r in row["signals"] if r["step"]]
-            warned.append(any(rules.worth_a_warning(f) for s in steps for f in rules.diagnose(record(row, s)).findings))
+            seen = (f for s in steps for f in rules.diagnose(record(row, s)).findings)
+            warned.append((row["family"], any(map(rules.worth_a_warning, seen))))
     lines = ["| finding | hits, of runs that have it | false alarms, of runs that have it not |", "|---|---|---|"]
-    lines += [
-        f"| {name} | {wilson(sum(hits[name]), len(hits[name]))} | {wilson(sum(alarms[name]), len(alarms[name]))} |"
-        for name in hits
-    ]
+    lines += [f"| {name} | {wilson(hits[name])} | {wilson(alarms[name])} |" for name in hits]
     lines += ["", "| how sure | right |", "|---|---|"]
-    lines += [f"| {word} | {wilson(sum(right), len(right))} |" for word, right in words.items()]
+    lines += [f"| {word} | {wilson(right)} |" for word, right in words.items()]
     lines += [
         "",
-        f"Runs of which nothing of this is true, and any finding at the end: {wilson(sum(healthy), len(healthy))};",
+        f"Runs of which nothing of this is true, and any finding at the end: {wilson(healthy)};",
     ]
-    lines += [f"a live warning at any evaluation: {wilson(sum(warned), len(warned))}."]
+    lines += [f"a live warning at any evaluation: {wilson(warned)}."]
     return "\n".join(lines)
 
 
@@ -567,7 +570,8 @@ def report(rows: list[dict[str, Any]]) -> str:
     odd = [row for row in rows if row["seed"] % 2]
     return (
         f"{len(rows)} runs of {len(FAMILIES)} kinds; thresholds were chosen on the {len(rows) - len(odd)} of even seeds, "
-        f"and this is measured on the {len(odd)} of odd ones. In brackets: 95 % intervals (Wilson).\n\n{table(odd)}"
+        f"and this is measured on the {len(odd)} of odd ones. In brackets: 95 % intervals (Wilson), "
+        f"in which the runs of one kind, which resemble each other, count as one.\n\n{table(odd)}"
     )
 
 
