@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from gankit import loop, losses
 from gankit.contract import PHASES, Batch, Player, View, watched
@@ -81,9 +85,9 @@ class Scorer:
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Logits of the shape that the discriminator returns."""
         if not self.probabilities:
-            return self.checked(self.discriminator(*inputs))
+            return self.checked(_one_tensor(self.discriminator(*inputs)))
         with LastSigmoid() as sigmoid:
-            p: Tensor = self.discriminator(*inputs)
+            p = _one_tensor(self.discriminator(*inputs))
         if self.exact is None:
             self.exact = _same(p, sigmoid.returned)
             if not self.exact and not bool(((p >= 0) & (p <= 1)).all()):
@@ -105,6 +109,14 @@ class Scorer:
             stacklevel=2,
         )
         return logits
+
+
+def _one_tensor(output: object) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise UsageError(
+            f"the discriminator must return one tensor of logits, not a {type(output).__name__}: attach a module that does"
+        )
+    return output
 
 
 def _same(output: Tensor, other: Tensor | None) -> bool:
@@ -242,6 +254,19 @@ class OwnGAN(GAN):
         self.known = {p for module in self.own for p in module.parameters()}
         self.rebuilt = False  # whether set-up changed the user's networks
 
+    def check_optimizers(self) -> None:
+        """Refuse an optimiser that trains nothing of its own player, such as the other one's."""
+        players = {"d": [self.discriminator], "g": [m for m in self.own if m is not self.discriminator]}
+        for phase, optimizer in self.optimizers.items():
+            own = {p for module in players[phase] for p in module.parameters()}
+            if own and own.isdisjoint(p for group in optimizer.param_groups for p in group["params"]):
+                player = "discriminator" if phase == "d" else "generator"
+                self.refuse(
+                    "optimizers",
+                    f"optimizers[{phase!r}] holds no parameter of the {player} that was attached: give "
+                    f'{{"d": the discriminator\'s, "g": the generator\'s}}, made of these very networks',
+                )
+
     def build(self) -> GAN:
         """As for any GAN; then see what set-up changed, and give each rank random numbers of its own."""
         before, optim = self._structure(), dict(self.optim)
@@ -336,6 +361,10 @@ GIVE_OPTIMIZERS = (
 
 # -- the bundle ----------------------------------------------------------------------------------------------------
 
+PATIENCE = 100  # batches without a step of the optimiser after which one asks whether the weights have moved
+
+_hooked: WeakSet[Attached] = WeakSet()  # those that are told of optimisers' steps
+
 
 class Attached:
     """Plugins on somebody's own generator and discriminator; made by :func:`attach`.
@@ -364,6 +393,10 @@ class Attached:
         self._count: dict[str, Any] = {"last": "", "shown": [], "counted": sorted(optimizers or ()), "moved": []}
         self._in_training: list[nn.Parameter] = []  # of D, as its last own update had them
         self._told = False
+        self._handles: list[RemovableHandle] = []  # of the hooks on the optimisers
+        self._unseen = dict.fromkeys(PHASES, 0)  # batches since a step of the phase's optimiser was seen
+        self._marks: dict[str, list[Tensor]] = {}  # values of weights as they were half PATIENCE ago
+        self._awaited: set[str] = set()  # phases whose steps the plugins need
         self._tried: set[str] = set()  # terms that were seen to have a second derivative through a compiled D
 
     @property
@@ -401,6 +434,7 @@ class Attached:
         gan = self._set_up(batch)
         gan.learn_latent(batch.z)
         self._count_step(gan, phase)
+        self._await_step(gan, phase)
         gan.here.batch = batch
         with advised(batch):
             with torch.set_grad_enabled(phase == "g"):
@@ -408,11 +442,13 @@ class Attached:
                 gan.here.batch = gan.example  # let go of this one
                 view = watched(gan.hook.view(gan=gan, batch=batch, phase=phase, step=gan.step))
             scene: dict[str, Any] = {"batch": batch, "view": view, "step": gan.step}
+            if phase == "g" and not self._in_training:
+                self._refuse_looking_ahead(gan)
             if phase == "d":
                 self._in_training = [p for p in gan.parameters("d") if p.requires_grad]
             with trainable(self._in_training):  # D may be frozen now, and unrolling goes on training it
                 critic: Critic = gan.hook.critic(
-                    gan=gan, phase=phase, d_objective=lambda c: total(loop.d_terms(gan, c, **scene)), **scene
+                    gan=gan, phase=phase, d_objective=lambda c: loop.d_objective(gan, c, **scene), **scene
                 )
         return Shown(*view, critic, batch, phase, gan.step)
 
@@ -428,8 +464,8 @@ class Attached:
         """The sum of what the plugins add to D's loss, 0-dim: ``d_loss = d_loss + attached.d_terms(real, fake)``.
 
         real, fake, z: as in :meth:`show`, for plugins that do nothing but add terms; or what ``show`` returned. real_logits,
-            fake_logits: of what was shown, where you have them; else D is called where a plugin asks for logits, without
-            moving its buffers.
+            fake_logits: of what was shown, where you have them; else D is called where a plugin asks for logits. No call of
+            D for plugins moves its buffers.
         """
         return self._sum("d", real, fake, z, {"real_logits": real_logits, "fake_logits": fake_logits})
 
@@ -467,8 +503,20 @@ class Attached:
         """Tell the plugins that an optimiser made its step; done for you for those given to ``attach``."""
         self._count["moved"] = sorted({*self._count["moved"], phase})
         self._count["counted"] = sorted({*self._count["counted"], phase})
+        self._unseen[phase] = 0
         if self.gan is not None:
             self.gan.hook.post_step(gan=self.gan, terms=dict(self.terms[phase]), phase=phase, step=self.gan.step)
+
+    def detach(self) -> None:
+        """Take the hooks off the optimisers: these plugins act after their steps no more, unless you call ``stepped``.
+
+        For attaching anew to optimisers that stay. What plugins changed in networks, and parameters that they added to
+        optimisers, stay as well. A second call does nothing.
+        """
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        _hooked.discard(self)
 
     def parameters(self, phase: str) -> list[nn.Parameter]:
         """The parameters of phase "d" or "g", those of networks that plugins brought among them."""
@@ -516,7 +564,7 @@ class Attached:
         counted = sorted({*self._count["counted"], *state["count"]["counted"]})
         gan.step, self._count = state["step"], {**state["count"], "counted": counted}
         for name, value in state["rngs"].items():
-            gan.stream(name).set_state(value)
+            gan.stream(name).set_state(value.cpu())  # where loading may have mapped it elsewhere
         for name, value in state["plugins"].items():
             plugin: Any = gan.plugins[name]
             plugin.load_state_dict(value)
@@ -539,17 +587,64 @@ class Attached:
         if self.gan is not None:
             return self.gan
         gan = self._make(batch, explicit)
-        with advised(batch):
-            gan.build()
         acting = self._acting(gan, "post_step")
         if acting and self._optimizers != {} and set(PHASES) - gan.optimizers.keys():
             raise UsageError(f"{acting[0]} acts after the optimisers' steps: {GIVE_OPTIMIZERS}")
-        for phase, optimizer in gan.optimizers.items():
-            optimizer.register_step_post_hook(lambda *_, phase=phase: self.stepped(phase))
+        gan.check_optimizers()
+        with advised(batch):
+            gan.build()
+        self._hook(gan.optimizers)
+        self._awaited = set(gan.optimizers or (PHASES if acting else ()))
         self.gan = gan
         self._in_training = [p for p in gan.parameters("d") if p.requires_grad]
         self.load_state_dict(self._pending)
         return gan
+
+    def _hook(self, optimizers: Mapping[str, torch.optim.Optimizer]) -> None:
+        """Be told of the optimisers' steps; warn of plugins of an earlier one that go on acting after them."""
+        earlier = (o for o in _hooked if o.gan and not set(o.gan.optimizers.values()).isdisjoint(optimizers.values()))
+        acting = [name for other in earlier if other.gan for name in other._acting(other.gan, "post_step")]
+        if acting:
+            warnings.warn(
+                f"{' and '.join(acting)} of an earlier gankit.attach still acts after the steps of these optimisers: call "
+                "its attached.detach() before you attach anew, or make new optimisers",
+                stacklevel=4,
+            )
+        for phase, optimizer in optimizers.items():
+            self._handles.append(optimizer.register_step_post_hook(partial(self._optimizer_stepped, phase)))
+            _hooked.add(self)
+
+    def _optimizer_stepped(self, phase: str, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        # a GradScaler calls a fused optimiser also where it is to skip the update
+        if not getattr(optimizer, "found_inf", None):
+            self.stepped(phase)
+
+    def _await_step(self, gan: OwnGAN, phase: str) -> None:
+        """Warn, once, if a player's weights move and nobody tells of its optimiser's steps."""
+        self._unseen[phase] += 1
+        if phase not in self._awaited or self._unseen[phase] % (PATIENCE // 2):
+            return
+        # one value of each parameter; in an update that many batches accumulate to, they have not moved
+        marks = [p.detach()[(slice(1),) * p.dim()].clone() for p in gan.parameters(phase)]
+        if self._unseen[phase] == PATIENCE // 2:
+            self._marks[phase] = marks
+        elif not all(map(torch.equal, marks, self._marks[phase])):
+            self._awaited = set()
+            warnings.warn(
+                f"{self._unseen[phase]} batches of phase {phase!r} were shown, the weights move, and no step of their "
+                "optimiser was seen, so that steps are not counted and plugins do not act after them: give attach the "
+                f"optimisers that are in use, or call attached.stepped({phase!r}) after each of their steps",
+                stacklevel=6,
+            )
+
+    def _refuse_looking_ahead(self, gan: OwnGAN) -> None:
+        """Refuse plugins that train the discriminator on, for all of it is frozen."""
+        for impl in gan.hook.critic.get_hookimpls():
+            if "d_objective" in impl.argnames:
+                raise UsageError(
+                    f"{impl.plugin_name} looks ahead at the discriminator's training, and all of it is frozen: freeze it "
+                    "(requires_grad_(False)) after attached.setup(real, fake, z), or after its first update"
+                )
 
     def _count_step(self, gan: OwnGAN, phase: str) -> None:
         """Begin a step, or go on with the running one; see the class."""
@@ -581,14 +676,14 @@ class Attached:
         for logits in (known["real_logits"], known["fake_logits"]):
             if logits is not None:
                 self._scorer.checked(logits)
-        if missing:
-            critic = held(gan.discriminator, shown.critic)
-            known |= {name: critic(*sides[name]) for name in missing}
+        critic = held(gan.discriminator, shown.critic) if missing or "critic" in wanted else shown.critic
+        known |= {name: critic(*sides[name]) for name in missing}
         if phase == "g" and "g_loss" in wanted and known["g_loss"] is None:
             raise UsageError("a plugin asks for the adversarial part of G's loss: g_terms(..., g_loss=...)")
         scene = {"batch": shown.batch, "view": View(shown.real, shown.fake), "step": shown.step}
+        scene |= {"ahead": False} if phase == "d" else {}
         with advised(shown.batch):
-            added = hook(gan=gan, critic=shown.critic, **scene, **known)
+            added = hook(gan=gan, critic=critic, **scene, **known)
         return self._kept(dict(chain.from_iterable(map(dict.items, added))), phase, shown)
 
     def _whole(self, phase: str, real: Side | Shown, fake: Side | None, z: Tensor | None) -> Tensor:
@@ -671,13 +766,17 @@ class Attached:
             ) from error
 
 
+# an empty tensor's shape, as z has one where none was given: 6x0, [6, 0], (0,)
+NOTHING = re.compile(r"\d+x0\b|[(\[](\d+, )*0,?[)\]]|size 0\b")
+
+
 @contextmanager
 def advised(batch: Batch) -> Iterator[None]:
     """Say in errors of plugins what may be behind them: that there was no z, or a framework's wrapper."""
     try:
         yield
     except Exception as error:
-        if not batch.z.numel():
+        if not batch.z.numel() and NOTHING.search(str(error)):
             error.add_note(
                 "(no z was given; where a plugin needs it: attached.show(real, fake, z), and so for terms and losses)"
             )

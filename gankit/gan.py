@@ -415,9 +415,10 @@ class GAN:
             optimizer.load_state_dict(state["optimizers"][phase])
         own = state["others"][self.team.rank - 1] if self.team.rank else state
         for name, value in own["rngs"].items():
-            self.stream(name).set_state(value)
-        torch.set_rng_state(own["global_rngs"][0])
-        torch.cuda.set_rng_state_all(own["global_rngs"][1:])
+            self.stream(name).set_state(value.cpu())  # states are set from the CPU, and loading may have mapped them
+        cpu, *gpus = (value.cpu() for value in own["global_rngs"])
+        torch.set_rng_state(cpu)
+        torch.cuda.set_rng_state_all(gpus)
         for name, value in own["plugins"].items():
             plugin: Any = self.manager.get_plugin(name)
             plugin.load_state_dict(value)

@@ -492,7 +492,8 @@ class Still(nn.Sequential):
 def with_buffers() -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     G = Still(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
-    D = Still(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 1))
+    hidden = (nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 8), nn.BatchNorm1d(8))
+    D = Still(*hidden, nn.Tanh(), nn.Linear(8, 1))
     D[1].eval()  # a frozen statistic inside a network in training
     D[0].bias.requires_grad_(False)
     return G.double(), D.double()
@@ -504,7 +505,7 @@ def test_terms_leave_networks_as_they_were(frozen: bool) -> None:
     D.requires_grad_(not frozen)
     real, _ = samples()
     z = torch.randn(6, 2, dtype=torch.float64)
-    plugins = ["lecam", "mode_seeking", "feature_matching", "historical_averaging"]
+    plugins = ["lecam", "consistency", "mode_seeking", "feature_matching", "historical_averaging"]
     attached = gankit.attach(G, D, plugins, optimizers={})
     if not frozen:
         D(real).sum().backward()
@@ -514,8 +515,10 @@ def test_terms_leave_networks_as_they_were(frozen: bool) -> None:
         attached.stepped("d")
         attached.stepped("g")
         attached.g_terms(real, fake, z)
+        attached.g_terms(attached.show(real, fake, z, phase="g"))
         if not frozen:
             attached.d_terms(real, fake, z)
+            attached.d_terms(attached.show(real, fake, z))
     assert same(before, everything(G, D))
     assert set(attached.terms["g"]) == {"mode_seeking", "feature_matching", "historical_averaging"}
 
@@ -533,6 +536,19 @@ def test_a_pass_for_logits_does_not_move_statistics_and_gives_those_of_training(
     a_real, a_fake = D(real).mean().detach(), D(fake).mean().detach()
     by_hand = 0.3 * ((D(real) - a_fake).square().mean() + (D(fake) - a_real).square().mean())
     assert_equal(gradients(term, D), gradients(by_hand, D))
+
+
+def test_terms_of_a_d_that_looks_ahead_do_not_move_statistics_either() -> None:
+    G, D = with_buffers()
+    real, _ = samples()
+    z = torch.randn(6, 2, dtype=torch.float64)
+    optimizers = {phase: torch.optim.Adam(m.parameters()) for phase, m in (("d", D), ("g", G))}
+    attached = gankit.attach(G, D, [("unrolled", {"k": 1}), "feature_matching"], optimizers=optimizers)
+    fake = G(z)
+    before = everything(G, D)
+    term = attached.g_terms(attached.show(real, fake, z, phase="g"))
+    assert same(before, everything(G, D))
+    assert any(g.any() for g in gradients(term, G))
 
 
 def test_both_sides_are_shown_in_the_dtype_of_the_data() -> None:
@@ -723,6 +739,158 @@ def test_autocast_and_a_grad_scaler(dtype: torch.dtype) -> None:
     assert steps == ["d"]
 
 
+class Told:
+    """Takes note of the updates it acts after, and of their terms."""
+
+    def __init__(self) -> None:
+        self.phases: list[str] = []
+        self.terms: list[set[str]] = []
+
+    @hookimpl
+    def post_step(self, phase: str, terms: dict[str, Tensor]) -> None:
+        self.phases.append(phase)
+        self.terms.append(set(terms))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_update_that_a_grad_scaler_skips_is_no_step(fused: bool) -> None:
+    G, D = (module.float() for module in networks())
+    real, fake = (t.float() for t in samples())
+    optimizers = {phase: torch.optim.Adam(m.parameters(), fused=fused) for phase, m in (("d", D), ("g", G))}
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    told = Told()
+    attached = gankit.attach(G, D, ["lecam", told], optimizers=optimizers)
+    for factor, expected in ((1.0, ["d"]), (float("inf"), ["d"]), (1.0, ["d", "d"])):
+        before = everything(D)
+        loss = softplus(-D(factor * real)).mean() + attached.d_terms(factor * real, fake)
+        scaler.scale(loss).backward()
+        scaler.step(optimizers["d"])
+        scaler.update()
+        optimizers["d"].zero_grad()
+        assert same(before, everything(D)) == (factor > 1)
+        assert told.phases == expected
+    assert attached.gan is not None
+    assert attached.gan.plugins["lecam"].averages.isfinite().all()  # type: ignore[attr-defined]
+
+
+def test_what_is_told_after_a_step_are_the_terms_of_its_loss() -> None:
+    G, D = networks()
+    real, fake = samples()
+    told = Told()
+    attached = gankit.attach(G, D, ["r1", told], optimizers={})
+    for loss in (attached.d_terms, attached.d_loss):
+        loss(real, fake)
+        attached.stepped("d")
+    assert told.terms == [{"r1"}, {"adv", "r1"}]  # the loop's own loss is its own
+
+
+# -- optimisers ----------------------------------------------------------------------------------------------------
+
+
+def test_an_optimiser_of_other_networks_is_refused_before_anything_is_changed() -> None:
+    (G, D), (_, other) = networks(), networks()
+    real, fake = samples()
+    of_g, of_d, of_other = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (G, D, other))
+    for optimizers, words in (
+        ({"d": of_g, "g": of_d}, "optimizers['d'] holds no parameter of the discriminator"),
+        ({"d": of_d, "g": of_other}, "optimizers['g'] holds no parameter of the generator"),
+        ({"d": of_other, "g": of_g}, "optimizers['d'] holds no parameter of the discriminator"),
+    ):
+        before = everything(G, D)
+        attached = gankit.attach(G, D, ["spectral_norm", "lecam"], optimizers=optimizers)
+        assert words in refusal(lambda attached=attached: attached.setup(real, fake))
+        assert same(before, everything(G, D))
+    swapped = gankit.attach(G, D, ["lecam"], optimizers={"d": of_g, "g": of_d}, allow=["optimizers"])
+    with pytest.warns(UserWarning, match="holds no parameter"):  # a copy of the parameters, as some frameworks train
+        swapped.setup(real, fake)
+
+
+def test_optimisers_of_parameters_that_are_frozen_wrapped_rebuilt_or_an_encoders_are_the_players_own() -> None:
+    real, _ = samples()
+    z = torch.randn(6, 2, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for plugins in (["r1"], ["spectral_norm"], [Widened()]):
+            G, D = networks()
+            D.requires_grad_(False)
+            optimizers = {"d": torch.optim.SGD(D.parameters()), "g": torch.optim.SGD([G[0].weight])}  # type: ignore[index]
+            gankit.attach(nn.DataParallel(G), nn.DataParallel(D), plugins, optimizers=optimizers).setup(real, real, z)
+        G, E, D = nn.Linear(2, 3).double(), nn.Linear(3, 2).double(), Pair(5).double()
+        optimizers = {"d": torch.optim.SGD(D.parameters()), "g": torch.optim.SGD(E.parameters())}  # G is given
+        gankit.attach(G, D, ["bigan"], encoder=E, optimizers=optimizers).setup(real, real, z)
+        gankit.attach(nn.Identity(), D, [], optimizers={"g": optimizers["g"]}).setup(real, real)  # has no parameters
+
+
+def test_a_refusal_for_want_of_optimisers_leaves_the_networks_as_they_were() -> None:
+    G, D = networks()
+    real, fake = samples()
+    before = everything(G, D)
+    for plugins in (["spectral_norm", "lecam"], ["self_attention", "lecam"]):
+        attached = gankit.attach(G, D, plugins)
+        assert "acts after the optimisers' steps" in refusal(lambda attached=attached: attached.setup(real, fake))
+        assert same(before, everything(G, D)) and not spectral_norms(D)
+
+
+def unseen(batches: int, every: int, how: str) -> list[str]:
+    """What is warned of in so many batches of D, of which each ``every``-th is followed by a step that ``how`` says."""
+    G, D = (module.float() for module in networks())
+    real, fake = (t.float() for t in samples(2))
+    plugins = [] if how == "nothing acts" else ["lecam"]
+    made = [{p: torch.optim.Adam(m.parameters(), fused=True) for p, m in (("d", D), ("g", G))} for _ in range(2)]
+    given: dict[str, Any] = {} if how in ("forgotten", "nothing acts", "by hand") else made[0]
+    used = made[how == "made anew"]
+    attached = gankit.attach(G, D, plugins, optimizers=given)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for i in range(batches):
+            (softplus(-D(real)).mean() + attached.d_terms(real, fake)).backward()
+            if how != "frozen" and (i + 1) % every == 0:
+                used["d"].step()
+                used["d"].zero_grad()
+                if how == "by hand":
+                    attached.stepped("d")
+    return [str(w.message) for w in caught if w.filename == __file__]
+
+
+@pytest.mark.parametrize(("how", "every"), [("made anew", 1), ("made anew", 30), ("forgotten", 1)])
+def test_steps_that_nobody_tells_of_are_warned_of_once(how: str, every: int) -> None:
+    (message,) = unseen(201, every, how)
+    assert message.startswith("100 batches of phase 'd'") and "attached.stepped('d')" in message
+
+
+@pytest.mark.parametrize(
+    ("how", "every"),
+    [("given", 1), ("given", 130), ("by hand", 1), ("by hand", 130), ("frozen", 1), ("nothing acts", 1)],
+)
+def test_loops_whose_steps_are_seen_or_not_needed_are_not_warned(how: str, every: int) -> None:
+    assert not unseen(131, every, how)
+
+
+def test_attaching_anew_warns_of_plugins_that_still_act_and_detach_ends_them() -> None:
+    G, D = networks()
+    real, fake = samples()
+    optimizers = {phase: torch.optim.SGD(m.parameters(), lr=0.1) for phase, m in (("d", D), ("g", G))}
+    told = [Told() for _ in range(3)]
+    attached = gankit.attach(G, D, [told[0]], optimizers=optimizers)
+    attached.detach()  # before set-up there is nothing to do
+    attached.setup(real, fake)
+    second = gankit.attach(G, D, [told[1]], optimizers=optimizers)
+    with pytest.warns(UserWarning, match=r"told of an earlier gankit\.attach .*attached\.detach\(\)"):
+        second.setup(real, fake)
+    optimizers["d"].step()
+    assert [t.phases for t in told] == [["d"], ["d"], []]
+    for one in (attached, second, second):
+        one.detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gankit.attach(G, D, [told[2]], optimizers=optimizers).setup(real, fake)
+        G, D = networks()
+        fresh = {phase: torch.optim.SGD(m.parameters(), lr=0.1) for phase, m in (("d", D), ("g", G))}
+        gankit.attach(G, D, [Told()], optimizers=fresh).setup(real, fake)
+    optimizers["g"].step()
+    assert [t.phases for t in told] == [["d"], ["d"], ["g"]]
+
+
 def test_a_compiled_generator_works_and_a_compiled_discriminator_is_refused_where_it_must_be() -> None:
     G, D = networks()
     real, _ = samples()
@@ -738,6 +906,11 @@ def test_a_compiled_generator_works_and_a_compiled_discriminator_is_refused_wher
     assert torch.isfinite(lazy.d_terms(real, G(z)))  # the first derivative alone
     with pytest.raises(UsageError, match="r1: torch.compile cannot differentiate a discriminator twice"):
         lazy.d_terms(real, G(z))
+    D = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1)).double()
+    quick, before = torch.compile(D, backend="aot_eager"), everything(D)
+    terms = [gankit.attach(G, critic, ["consistency"]).d_terms(real, G(z)) for critic in (D, quick, quick)]
+    assert_equal(gradients(terms[0], D), gradients(terms[2], D))
+    assert same(before, everything(D))
     images = torch.randn(4, 1, 8, 8)
     patches = Patches()
     patches.compile(backend="aot_eager")  # in place
@@ -855,6 +1028,40 @@ def test_a_state_before_the_first_batch_is_empty_and_loads() -> None:
         other.load_state_dict(state)
 
 
+class Elsewhere:
+    """The state of a random stream on another device, which has to be fetched."""
+
+    def __init__(self, state: Tensor) -> None:
+        self.state = state
+
+    def cpu(self) -> Tensor:
+        return self.state
+
+
+def test_a_state_that_was_loaded_onto_another_device_is_fetched() -> None:
+    G, D = networks()
+    real, fake = samples()
+    attached = gankit.attach(G, D, ["gradient_penalty"])
+    attached.setup(real, fake)
+    attached.d_terms(real, fake)
+    state = attached.state_dict()
+    expected = attached.d_terms(real, fake)
+    state["rngs"] = {name: Elsewhere(value) for name, value in state["rngs"].items()}
+    attached.load_state_dict(state)
+    assert torch.equal(attached.d_terms(real, fake), expected)
+
+
+def test_gankits_own_state_is_fetched_as_well() -> None:
+    gan = tiny_gan("vector", create(["gradient_penalty"], {})[0])
+    train(gan, 1)
+    whole = gan.state_dict()
+    expected = gan.next_z(), torch.rand(1)
+    whole["rngs"] = {name: Elsewhere(value) for name, value in whole["rngs"].items()}
+    whole["global_rngs"] = [Elsewhere(value) for value in whole["global_rngs"]]
+    gan.load_state_dict(whole)
+    assert torch.equal(gan.next_z(), expected[0]) and torch.equal(torch.rand(1), expected[1])
+
+
 def test_the_optimisers_steps_are_told_once_each_or_by_hand() -> None:
     found = []
     for by_hand in (False, True):
@@ -922,6 +1129,25 @@ def test_terms_alone_are_refused_where_they_would_not_be_the_whole_method() -> N
     assert_equal(gradients(term, G), gradients(0.1 * softplus(-D(G(fake[:, :2]))).mean(), G))
 
 
+class Two(nn.Module):
+    """A discriminator that returns its features, too."""
+
+    def __init__(self, D: nn.Module) -> None:
+        super().__init__()
+        self.layers = D
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layers(x), x
+
+
+class Fails:
+    """Has a slip that has nothing to do with z."""
+
+    @hookimpl
+    def pre_d_loss(self, real_logits: Tensor) -> dict[str, Tensor]:
+        raise RuntimeError("dimension 0 of 10 is out of range [-1, 0]")
+
+
 def test_what_cannot_work_is_refused_with_what_to_do() -> None:
     G, D = networks()
     real, fake = samples()
@@ -950,6 +1176,9 @@ def test_what_cannot_work_is_refused_with_what_to_do() -> None:
         (lambda: attach("unrolled").g_loss(real, fake), ["reads the optimiser of phase 'd'"]),
         (lambda: attach("ttur").d_terms(real, fake), ["the optimisers are yours"]),
         (lambda: attach("bigan", encoder=nn.Linear(3, 2).double()).d_loss(real, fake), ["no z was given"]),
+        (lambda: gankit.attach(G, Two(D), ["consistency"]).d_terms(real, fake), ["one tensor of logits", "a tuple"]),
+        (lambda: gankit.attach(G, Two(D), ["r1"]).d_loss(real, fake), ["one tensor of logits"]),
+        (lambda: gankit.attach(G, Two(D), [], probabilities=True).d_loss(real, fake), ["one tensor of logits"]),
         (lambda: gankit.attach(G, batch_norm, ["r1"]).d_terms(real, fake), ["batch norm", "allow=['batch-norm']"]),
     ):  # fmt: skip
         text = refusal(act)
@@ -960,6 +1189,25 @@ def test_what_cannot_work_is_refused_with_what_to_do() -> None:
     with pytest.raises(RuntimeError) as caught:
         attached.g_terms(real, G(fake[:, :2]))
     assert any("no z was given" in note for note in caught.value.__notes__)
+    with pytest.raises(RuntimeError, match="dimension 0") as caught:
+        attach(Fails()).d_terms(real, fake)
+    assert not any("no z was given" in note for note in caught.value.__notes__)
+
+
+def test_looking_ahead_at_a_d_that_was_frozen_before_set_up_is_refused_in_a_sentence() -> None:
+    G, D = networks()
+    real, _ = samples()
+    z = torch.randn(6, 2, dtype=torch.float64)
+    optimizers = {phase: torch.optim.Adam(m.parameters()) for phase, m in (("d", D), ("g", G))}
+    D.requires_grad_(False)
+    attached = gankit.attach(G, D, ["unrolled"], optimizers=optimizers)
+    text = refusal(lambda: attached.g_loss(real, G(z), z))
+    assert "unrolled looks ahead" in text and "attached.setup(real, fake, z)" in text
+    gankit.attach(G, D, ["feature_matching"]).g_loss(real, G(z), z)  # nothing looks ahead
+    D.requires_grad_(True)
+    attached.d_loss(real, G(z), z)
+    D.requires_grad_(False)
+    assert attached.g_loss(real, G(z), z).isfinite()
 
 
 def test_wrappers_are_looked_through() -> None:
@@ -1114,7 +1362,8 @@ def worker(rank: int, folder: Path) -> None:
                 optimizer.zero_grad()
     found["apart"] = [p.detach().clone() for module in (G, D) for p in module.parameters()]
 
-    bigan = gankit.attach(G, Pair(5).double(), ["bigan"], optimizers=optimizers)
+    joint = Pair(5).double()
+    bigan = gankit.attach(G, joint, ["bigan"], optimizers={**optimizers, "d": torch.optim.Adam(joint.parameters())})
     found["brought"] = error(lambda: bigan.setup(real, fake, real[:, :2]))
     normalised = gankit.attach(shared_G, shared_D, ["spectral_norm"], optimizers=optimizers)
     found["inserted"] = error(lambda: normalised.setup(real, fake))

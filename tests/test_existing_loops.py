@@ -111,6 +111,48 @@ def test_without_plugins_an_attached_loop_is_the_same_bit_for_bit_and_with_them_
     assert attached.gan.step == STEPS
 
 
+class Brings:
+    """A network whose gradient is 1 in every update of G."""
+
+    @gankit.hookimpl
+    def players(self) -> dict[str, Any]:
+        self.network = torch.nn.Linear(1, 1, bias=False)
+        return {"brought": gankit.Player(self.network, "g")}
+
+    @gankit.hookimpl
+    def post_g_loss(self) -> dict[str, torch.Tensor]:
+        return {"brought": self.network.weight.sum()}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_gradients_of_networks_that_plugins_bring_do_not_add_up_over_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    Adam, attach, made, brings = torch.optim.Adam, gankit.attach, [], Brings()
+
+    def seen(*args: Any, **settings: Any) -> Any:
+        made.append(Adam(*args, **settings))
+        return made[-1]
+
+    def attached(G: Any, D: Any, plugins: Any, **settings: Any) -> Any:
+        return attach(G, D, [brings], optimizers=dict(zip("dg", made, strict=True)), **settings)
+
+    monkeypatch.setattr(torch.optim, "Adam", seen)
+    monkeypatch.setattr(gankit, "attach", attached)
+    train("plain_after")(STEPS)
+    assert brings.network.weight.grad is not None and brings.network.weight.grad.item() == 1
+
+
+def test_the_loop_of_the_readme_leaves_no_gradients_of_earlier_steps() -> None:
+    text = (FOLDER.parents[1] / "README.md").read_text()
+    before, loop = re.findall(r"```python\n(import torch\n.*?|import gankit\n.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(before + loop, names)
+    parameters = [*names["G"].parameters(), *names["D"].parameters()]
+    for p in parameters:
+        p.grad = torch.full_like(p, 1e6)
+    exec(loop.split("z = torch.randn(32, 64)\n")[1], names)  # the steps
+    assert all(p.grad.abs().max() < 1e5 for p in parameters)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_mixed_precision_of_accelerate() -> None:
     exact = train("accelerate_after")(STEPS)

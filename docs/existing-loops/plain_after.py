@@ -65,7 +65,7 @@ def train(steps: int = 100) -> list[float]:
         losses.append(errD_real.item() + errD_fake.item())
 
         # (2) Update G: maximize log(D(G(z)))
-        netG.zero_grad()
+        optimizerG.zero_grad()
         label.fill_(1.0)
         errG = criterion(netD(fake).view(-1), label) + attached.g_terms(real, fake, noise)
         errG.backward()
