@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import keyword
 import re
 import shutil
@@ -23,6 +24,7 @@ KINDS = {  # kind: what the README states as formula until the author writes the
     "evaluate": "mean_f std_i G(z_i)_f",
 }
 LICENSES = ("MIT", "BSD-3-Clause", "Apache-2.0")
+CORE_NAMES = ("core", "loss", "stats", "averaging", "adv")  # as gankit.conformance has them, which needs torch
 _RUN = "from gankit.testing import plugin_checks"
 _IMPORTS = {  # of the tests
     "d-term": f"import gankit\nimport pytest\nimport torch\nfrom gankit import UsageError\n{_RUN}\nfrom torch import nn",
@@ -37,7 +39,8 @@ def render(name: str, kind: str, *, license: str = "MIT", author: str = "") -> d
     """The files of the project, text by path.
 
     name: of the plugin, "my_penalty" or "my-penalty". kind: which hook it starts from, one of `KINDS`. license: SPDX name,
-    one of `LICENSES`. Raises UsageError for what is none of these, and for a name that an installed plugin has.
+    one of `LICENSES`. author: one line. Raises UsageError for what is none of these, and for a name that the core or an
+    installed plugin has.
     """
     name = name.replace("-", "_")
     if not re.fullmatch(r"[a-z][a-z0-9_]*[a-z0-9]", name) or keyword.iskeyword(name):
@@ -45,14 +48,20 @@ def render(name: str, kind: str, *, license: str = "MIT", author: str = "") -> d
     for what, value, choices in (("kind", kind, tuple(KINDS)), ("license", license, LICENSES)):
         if value not in choices:
             raise UsageError(f"there is no {what} {value!r}: choose from {', '.join(choices)}")
+    if name in CORE_NAMES:
+        raise UsageError(f"{name!r} is a name of the core: choose another name")
+    if not author.isprintable():
+        raise UsageError(f"an author is one line of text, not {author!r}")
     for taken in entry_points(group="gankit", name=name):
         raise UsageError(f"a plugin called {name!r} is installed already ({taken.value}): choose another name")
+    author = author or "TODO your name"
     cls = "".join(part.capitalize() for part in name.split("_"))
     major, minor = (int(part) for part in __version__.split(".")[:2])
     known = {
         "name": name, "module": f"gankit_{name}", "cls": cls, "distribution": f"gankit-{name.replace('_', '-')}",
         "title": name.replace("_", " ").capitalize(), "formula": KINDS[kind], "license": license,
-        "author": author or "TODO your name", "year": str(date.today().year), "test_imports": _IMPORTS[kind],
+        "author": author, "quoted_author": json.dumps(author, ensure_ascii=False), "year": str(date.today().year),
+        "test_imports": _IMPORTS[kind],
         "names": f"{cls}, {name}_penalty" if kind == "d-term" else f"{cls}, {name}",
         "minor": f"{major}.{minor}", "next": f"{major}.{minor + 1}",
     }  # fmt: skip
@@ -75,7 +84,7 @@ def write(project: dict[str, str], folder: Path) -> list[Path]:
         made = Path(scratch) / folder.name
         for path, text in project.items():
             (made / path).parent.mkdir(parents=True, exist_ok=True)
-            (made / path).write_text(text)
+            (made / path).write_text(text, encoding="utf-8")
         shutil.move(made, folder)
     return [folder / path for path in project]
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from click.testing import CliRunner
 
 from gankit import UsageError
 from gankit.cli import main
+from gankit.conformance import declared
 from gankit.options import options_of
 from gankit.plugins import find
-from gankit.scaffold import KINDS, LICENSES, render, write
+from gankit.scaffold import CORE_NAMES, KINDS, LICENSES, render, write
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = """
@@ -116,6 +118,30 @@ def test_the_license_is_the_one_asked_for(license: str) -> None:
     assert f'license = "{license}"' in project["pyproject.toml"]
     assert license == "Apache-2.0" or "Ada" in project["LICENSE"]
     assert not any("$" in text.replace("${{", "") for text in project.values())
+
+
+@pytest.mark.parametrize("author", ['Ada "C" L', "back\\slash", "Zoë $year", ""])
+def test_whatever_an_author_is_called_the_project_is_valid(author: str, tmp_path: Path) -> None:
+    write(render("my_penalty", "d-term", author=author), tmp_path / "project")
+    text = {name: (tmp_path / "project" / name).read_text(encoding="utf-8") for name in ("pyproject.toml", "LICENSE")}
+    assert tomllib.loads(text["pyproject.toml"])["project"]["authors"] == [{"name": author or "TODO your name"}]
+    assert f" {author or 'TODO your name'}\n" in text["LICENSE"]
+    with pytest.raises(UsageError, match="an author is one line of text"):
+        render("my_penalty", "d-term", author=f"{author}\nand others")
+
+
+def test_the_names_of_the_core_are_those_that_the_check_forbids() -> None:
+    assert CORE_NAMES == declared.CORE_NAMES
+    for name in CORE_NAMES:
+        with pytest.raises(UsageError, match=f"{name!r} is a name of the core: choose another name"):
+            render(name, "d-term")
+
+
+def test_ci_says_where_gankit_comes_from_before_it_is_needed() -> None:
+    workflow = render("my_penalty", "d-term")[".github/workflows/tests.yml"]
+    assert "\nenv:\n  GANKIT: gankit #" in workflow
+    steps = re.findall(r"- run: (.*)", workflow)
+    assert steps.index('pip install "${{ env.GANKIT }}"') < steps.index('pip install -e ".[test]"')
 
 
 @pytest.mark.parametrize(
