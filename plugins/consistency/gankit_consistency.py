@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -105,8 +106,8 @@ class Consistency:
     augmentation: Annotated[str | None, "your own T: module:callable or file.py:callable(x, generator)"] = None
 
     def __post_init__(self) -> None:
-        if min(self.weight, self.fake_weight, self.shift, self.noise) < 0:
-            raise ValueError("weight, fake_weight, shift and noise must not be negative")
+        if not all(0 <= number < math.inf for number in (self.weight, self.fake_weight, self.shift, self.noise)):
+            raise ValueError("weight, fake_weight, shift and noise must not be negative, infinite or NaN")
         self._augment: Augment = add_noise
 
     @hookimpl

@@ -93,7 +93,7 @@ def diff_augment(
 ) -> Tensor:
     """T(x): the policy's augmentations in their order, each with random numbers of its own for every image.
 
-    Section 3.1 of arXiv:2006.10738: D is shown T(x) and T(G(z)) only, in its own update and in G's, and T is
+    Section 3.2 of arXiv:2006.10738: D is shown T(x) and T(G(z)) only, in its own update and in G's, and T is
     differentiable, so that G learns through it and what is learnt is not "augmented images".
 
     x: (B, C, H, W), usually in [-1, 1], where the fill of 0 is grey. policy: names out of ``AUGMENTATIONS``; empty
@@ -121,7 +121,7 @@ class DiffAugment:
 
     formula: ClassVar[str] = "D(T(x)) against D(T(G(z))), in D's and in G's loss;  T: random, differentiable, per image"
     paper: ClassVar[str] = (
-        "Zhao et al. 2020, Differentiable Augmentation for Data-Efficient GAN Training, arXiv:2006.10738, section 3.1"
+        "Zhao et al. 2020, Differentiable Augmentation for Data-Efficient GAN Training, arXiv:2006.10738, section 3.2"
     )
 
     policy: Annotated[tuple[str, ...], "which, in order: color, translation, cutout; a comma list"] = (

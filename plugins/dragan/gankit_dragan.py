@@ -39,13 +39,13 @@ def perturb(
     inputs: tensors (B, ...), the critic's arguments; every floating one is moved, by its own std, others (labels) are
         returned as they are. std(x) is one number per tensor: the population standard deviation (no -1) over all its
         elements, batch included, without a gradient. scale: relative to std(x). c: variance of the paper's noise, in
-        squared units of the data. generator: source of the noise; default: torch's global one.
+        squared units of the data, which "code" does not have. generator: source of the noise; default: torch's global one.
 
     Returns tensors that require gradients and keep the graph of the inputs, if there is one. Raises ValueError for an
-    unknown noise, and if no tensor is floating.
+    unknown noise, for a scale or c that is negative, infinite or NaN, for a c with noise "code", and if no tensor is
+    floating.
     """
-    if noise not in NOISES:
-        raise ValueError(f"noise is 'paper' or 'code', not {noise!r}")
+    check(noise, scale, c)
     floating = next((t for t in inputs if t.is_floating_point()), None)
     if floating is None:
         raise ValueError("there is nothing to perturb: give at least one floating tensor")
@@ -67,6 +67,16 @@ def perturb(
     return tuple(map(moved, inputs))
 
 
+def check(noise: str, scale: float, c: float | None) -> None:
+    """ValueError for what :func:`perturb` has no noise for."""
+    if noise not in NOISES:
+        raise ValueError(f"noise is 'paper' or 'code', not {noise!r}")
+    if not (0 <= scale < math.inf and (c is None or 0 <= c < math.inf)):
+        raise ValueError("scale and c must not be negative, infinite or NaN")
+    if c is not None and noise == "code":
+        raise ValueError("c is the variance of the paper's noise: with noise=code set scale instead")
+
+
 def dragan_penalty(
     critic: Callable[..., Tensor],
     real: Tensor | Sequence[Tensor],
@@ -86,7 +96,7 @@ def dragan_penalty(
         alike and share one norm. noise, scale, c, generator: see :func:`perturb`.
 
     Returns a 0-dim tensor with a graph to the critic's parameters. Costs one critic forward and one double backward.
-    Raises ValueError for an unknown noise, and if no tensor is floating.
+    Raises ValueError as :func:`perturb` does.
     """
     inputs = (real,) if isinstance(real, Tensor) else tuple(real)
     points = perturb(inputs, noise=noise, scale=scale, c=c, generator=generator)
@@ -95,7 +105,11 @@ def dragan_penalty(
 
 @dataclass(eq=False)
 class DRAGAN:
-    """Pull the norm of the critic's gradient to ``center`` in a neighbourhood of the real samples (DRAGAN)."""
+    """Pull the norm of the critic's gradient to ``center`` in a neighbourhood of the real samples (DRAGAN).
+
+    A sample's gradient is its own (``per_sample``), so the critic must not mix samples. One exception: the size of the noise
+    is by default the batch's, by std(x); with ``c`` it is fixed.
+    """
 
     formula: ClassVar[str] = "weight * mean_i (||grad D(x_i + delta_i)||_2 - center)^2,  delta ~ N(0, c I)"
     paper: ClassVar[str] = "Kodali et al. 2017, On Convergence and Stability of GANs (DRAGAN), arXiv:1705.07215"
@@ -119,14 +133,9 @@ class DRAGAN:
     every: Annotated[int, "apply in every k-th step, k times as strong (lazy regularization)"] = 1
 
     def __post_init__(self) -> None:
-        if self.weight < 0 or self.center < 0:
-            raise ValueError("weight and center must not be negative")
-        if self.scale < 0 or (self.c is not None and self.c < 0):
-            raise ValueError("scale and c must not be negative")
-        if self.noise not in NOISES:
-            raise ValueError(f"noise is 'paper' or 'code', not {self.noise!r}")
-        if self.c is not None and self.noise == "code":
-            raise ValueError("c is the variance of the paper's noise: with noise=code set scale instead")
+        if not (0 <= self.weight < math.inf and 0 <= self.center < math.inf):
+            raise ValueError("weight and center must not be negative, infinite or NaN")
+        check(self.noise, self.scale, self.c)
         if self.every < 1:
             raise ValueError("every must be at least 1")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -102,8 +103,8 @@ class FeatureMatching:
     replace: Annotated[bool, "instead of the adversarial loss of G, as in the paper, not in addition"] = False
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise ValueError("weight must not be negative")
+        if not 0 <= self.weight < math.inf:
+            raise ValueError("weight must not be negative, infinite or NaN")
         if self.replace and self.weight == 0:
             raise ValueError("weight must be positive where the term replaces the adversarial loss")
         self.looks_at = ""  # the module's name and whether its input is meant, known after setup

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -75,8 +76,8 @@ class GradientPenalty:
     every: Annotated[int, "apply in every k-th step, k times as strong (lazy regularization)"] = 1
 
     def __post_init__(self) -> None:
-        if self.weight < 0 or self.center < 0:
-            raise ValueError("weight and center must not be negative")
+        if not (0 <= self.weight < math.inf and 0 <= self.center < math.inf):
+            raise ValueError("weight and center must not be negative, infinite or NaN")
         if self.every < 1:
             raise ValueError("every must be at least 1")
 

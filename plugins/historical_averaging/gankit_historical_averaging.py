@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -59,8 +60,8 @@ class HistoricalAveraging:
     weight_g: Annotated[float, "weight in G's loss, which holds the encoder's weights, too"] = 1.0
 
     def __post_init__(self) -> None:
-        if self.weight_d < 0 or self.weight_g < 0:
-            raise ValueError("weight_d and weight_g must not be negative")
+        if not (0 <= self.weight_d < math.inf and 0 <= self.weight_g < math.inf):
+            raise ValueError("weight_d and weight_g must not be negative, infinite or NaN")
         self.weights = {"d": self.weight_d, "g": self.weight_g}
         self.means: dict[str, list[Tensor]] = {"d": [], "g": []}
         self.counts = {"d": 0, "g": 0}

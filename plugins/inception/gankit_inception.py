@@ -297,12 +297,16 @@ class Inception:
     weights: Annotated[str | None, "file of inception-v3-compat's or vgg16's weights, if not to be downloaded"] = None
 
     def __post_init__(self) -> None:
+        if not self.metrics:
+            raise ValueError(f"metrics names none: choose from {', '.join(METRICS)}, or leave inception out")
         if unknown := [name for name in self.metrics if name not in METRICS]:
             raise ValueError(f"there is no metric {unknown[0]!r}; there are {', '.join(METRICS)}")
         if min(self.k, self.kid_subsets, self.mode_n) < 1 or self.kid_subset_size < 2:
             raise ValueError("k, kid_subsets and mode_n must be at least 1, and kid_subset_size 2")
         if self.n < max(IS_SPLITS, self.k + 1):
             raise ValueError(f"n must be at least {IS_SPLITS}, and more than k")
+        if self.split not in ("test", "train"):
+            raise ValueError(f"split is 'test' or 'train', not {self.split!r}")
         self._extractor: Extractor | None = None
         self._digits: classifier.Classifier | None = None
         self._real: tuple[Dataset, Tensor, str] | None = None

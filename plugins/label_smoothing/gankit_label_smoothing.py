@@ -37,28 +37,53 @@ def smoothed_logistic_d(
     return real.mean() + fake.mean()
 
 
+def smoothed_least_squares_d(
+    real_logits: Tensor,
+    fake_logits: Tensor,
+    *,
+    a: float = 0.0,
+    b: float = 1.0,
+    real_target: float = 0.9,
+    fake_target: float = 0.0,
+) -> Tensor:
+    """Least squares of D, which sends fakes to a and reals to b, with the targets a + t (b - a) and a + s (b - a).
+
+        1/2 mean (r - a - t (b - a))^2 + 1/2 mean (f - a - s (b - a))^2
+
+    It has the gradient of labels that are flipped with probability 1 - t on the real and s on the fake side, as the cross
+    entropy with soft targets has; the paper has the logistic case only. Arguments, result and cost as for
+    :func:`smoothed_logistic_d`; with t = 1 and s = 0 this is ``gankit.losses.least_squares_d``, bit for bit.
+    """
+    # convex combinations: exact at 0 and 1
+    real, fake = ((1 - t) * a + t * b for t in (real_target, fake_target))
+    return losses.least_squares_d(real_logits, fake_logits, a=fake, b=real)
+
+
+SMOOTHED = (smoothed_logistic_d, smoothed_least_squares_d)
+
+
 def smoothed(loss: losses.Loss, *, real_target: float = 0.9, fake_target: float = 0.0) -> losses.Loss:
     """The same adversarial loss with soft targets for D; G's loss stays as it is.
 
     real_target, fake_target: probabilities of being real, 0 <= fake_target < real_target <= 1. Logistic losses get
-    :func:`smoothed_logistic_d`. Least squares, whose D sends fakes to a and reals to b, gets the targets
-    a + t (b - a) and a + s (b - a): like the cross entropy, it then has the gradient of labels that are flipped with
-    probability 1 - t on the real and s on the fake side. The paper has the logistic case only.
+    :func:`smoothed_logistic_d`, least squares :func:`smoothed_least_squares_d`.
 
-    Raises UsageError for other losses, whose D has no targets, and for targets out of range.
+    Raises UsageError for other losses, whose D has no targets, for one that is smoothed already, and for targets out of
+    range.
     """
     if not 0 <= fake_target < real_target <= 1:
         raise UsageError(
             f"targets are probabilities with fake_target below real_target, not real {real_target} and fake {fake_target}"
         )
+    targets = {"real_target": real_target, "fake_target": fake_target}
     if loss.d is losses.logistic_d:
-        d = partial(smoothed_logistic_d, real_target=real_target, fake_target=fake_target)
-        return replace(loss, d=d, real_target=real_target)
+        return replace(loss, d=partial(smoothed_logistic_d, **targets), real_target=real_target)
+    if isinstance(loss.d, partial) and loss.d.func in SMOOTHED:
+        raise UsageError(f"the labels of the loss {loss.name} are smoothed already: smooth them once")
     if loss.real_target is not None and isinstance(loss.d, partial) and loss.d.func is losses.least_squares_d:
         a, b = loss.d.keywords["a"], loss.d.keywords["b"]
-        # convex combinations: exact at 0 and 1
-        real, fake = ((1 - t) * a + t * b for t in (real_target, fake_target))
-        return replace(loss, d=partial(losses.least_squares_d, a=fake, b=real), real_target=real)
+        target = (1 - real_target) * a + real_target * b
+        return replace(loss, d=partial(smoothed_least_squares_d, a=a, b=b, **targets), real_target=target)
     raise UsageError(
         f"label smoothing needs a loss whose D has targets, and {loss.name} has none: "
         f"use --loss non_saturating, saturating or least_squares"

@@ -463,6 +463,10 @@ class MinibatchStatistics:
             raise ValueError("kernels and dims must be at least 1")
         if self.group_size < 2:
             raise ValueError("group_size must be at least 2: one sample has no deviation")
+        if self.kind not in ("kernels", "stddev"):
+            raise ValueError(f"kind is 'kernels' or 'stddev', not {self.kind!r}")
+        if self.calibrate not in ("center", "scale", "off"):
+            raise ValueError(f"calibrate is 'center', 'scale' or 'off', not {self.calibrate!r}")
         self.layer: MinibatchDiscrimination | MinibatchStddev | None = None  # known after setup
         self.calibrated = False
 

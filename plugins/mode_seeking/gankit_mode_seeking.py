@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -59,10 +60,12 @@ class ModeSeeking:
     eps: Annotated[float, "keeps divisions finite; 1/eps is the largest value of the inverse form"] = 1e-5
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise ValueError("weight must not be negative")
-        if self.eps <= 0:
+        if not 0 <= self.weight < math.inf:
+            raise ValueError("weight must not be negative, infinite or NaN")
+        if not self.eps > 0:
             raise ValueError("eps must be positive")
+        if self.form not in ("inverse", "ratio"):
+            raise ValueError(f"form is 'inverse' or 'ratio', not {self.form!r}")
 
     @hookimpl
     def post_g_loss(self, gan: GAN, batch: Batch) -> dict[str, Tensor] | None:

@@ -1,7 +1,8 @@
-"""Pair-wise gradient penalty (arXiv:1802.00771), as a function and as a gankit plugin."""
+"""Pair-wise gradient penalty of "No Modes left behind" (2018, arXiv:1802.00771), as a function and as a gankit plugin."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -16,6 +17,8 @@ from gankit.joint import Joint
 
 if TYPE_CHECKING:
     from gankit import GAN
+
+REDUCTIONS = ("mean", "sum")
 
 
 def unit_vectors(difference: Tensor) -> Tensor:
@@ -54,7 +57,7 @@ def pairwise_gradient_penalty(
     """
     if real.shape != reconstruction.shape:
         raise ValueError(f"a reconstruction has the shape of x, {tuple(real.shape)}, not {tuple(reconstruction.shape)}")
-    if reduction not in ("mean", "sum"):
+    if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is 'mean' or 'sum', not {reduction!r}")
     (x,) = interpolate((real,), (reconstruction,), generator)
     (gradient,) = input_gradients(critic(x, *(t.detach() for t in given)), (x,))
@@ -70,17 +73,21 @@ class PairwiseGP(Joint):
         "weight * mean_i mean_f (grad_x~ D(x~_i, e_i) - t_i)_f^2,  e = E(x), xhat = G(e), "
         "x~ = u x + (1 - u) xhat, t = (x - xhat) / ||x - xhat||"
     )
-    paper: ClassVar[str] = "Pair-wise gradient penalty, arXiv:1802.00771"
+    paper: ClassVar[str] = (
+        "No Modes left behind: Capturing the data distribution effectively using GANs, 2018, arXiv:1802.00771"
+    )
 
     weight: Annotated[float, "weight of the penalty; the paper uses 1 for every data set"] = 1.0
     reduction: Annotated[Literal["mean", "sum"], "over features: mean as in the paper, or sum"] = "mean"
     every: Annotated[int, "apply in every k-th step, k times as strong (lazy regularization)"] = 1
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise ValueError("weight must not be negative")
+        if not 0 <= self.weight < math.inf:
+            raise ValueError("weight must not be negative, infinite or NaN")
         if self.every < 1:
             raise ValueError("every must be at least 1")
+        if self.reduction not in REDUCTIONS:
+            raise ValueError(f"reduction is 'mean' or 'sum', not {self.reduction!r}")
 
     @hookimpl(trylast=True)
     def setup(self, gan: GAN) -> None:

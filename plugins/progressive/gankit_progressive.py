@@ -219,6 +219,10 @@ class Generator(Growing):
     shape: (C, S, S) with S = 8, 16, 32, ...; else UsageError. width: channels next to the image, doubled with every halving
     of the side up to 8 width. grown_after: see :func:`schedule`; 0: all levels from the start. equalized: :func:`equalize`,
     else He's initializer. pixel_norm: after every layer and on z. Weights come from torch's global generator.
+
+    All layers but toRGB have He's gain. The authors' code gives the first, dense one a quarter of it, "to match the original
+    Theano implementation", of which the paper says nothing. The pixel norm behind it undoes that: G begins with the same
+    images, and all that is left is that there the layer's bias counts four times as much.
     """
 
     def __init__(
@@ -407,8 +411,8 @@ class Progressive:
             raise ValueError("grown_after and stddev_group must not be negative")
         if self.width is not None and self.width < 1:
             raise ValueError("width must be at least 1")
-        if self.drift is not None and self.drift < 0:
-            raise ValueError("drift must not be negative")
+        if self.drift is not None and not 0 <= self.drift < math.inf:
+            raise ValueError("drift must not be negative, infinite or NaN")
 
     @hookimpl
     def players(self, gan: GAN) -> dict[str, Player]:

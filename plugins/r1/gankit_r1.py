@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -60,8 +61,8 @@ class R1:
     ] = 1.0
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise ValueError("weight must not be negative")
+        if not 0 <= self.weight < math.inf:
+            raise ValueError("weight must not be negative, infinite or NaN")
         if self.every < 1:
             raise ValueError("every must be at least 1")
         if not 0 < self.decay_to <= 1:

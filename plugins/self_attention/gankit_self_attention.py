@@ -240,6 +240,10 @@ class SelfAttention:
     def __post_init__(self) -> None:
         if self.resolution is not None and self.resolution < 2:
             raise ValueError("resolution must be at least 2")
+        if self.on not in ("d", "g", "both"):
+            raise ValueError(f"on is 'd', 'g' or 'both', not {self.on!r}")
+        if self.value_channels not in SHARES:
+            raise ValueError(f"value_channels must be one of {', '.join(SHARES)}, not {self.value_channels!r}")
         for phase, after in (("g", self.g_after), ("d", self.d_after)):
             if after is not None and self.on not in (phase, "both"):
                 raise ValueError(f"{phase}_after names a place in a network that on={self.on} leaves alone")

@@ -96,8 +96,10 @@ class SpectralNorm:
     def __post_init__(self) -> None:
         if self.power_iterations < 1:
             raise ValueError("power_iterations must be at least 1")
-        if self.eps <= 0:
+        if not self.eps > 0:
             raise ValueError("eps must be positive")
+        if self.on not in ("d", "g", "both"):
+            raise ValueError(f"on is 'd', 'g' or 'both', not {self.on!r}")
 
     @hookimpl
     def setup(self, gan: GAN) -> None:

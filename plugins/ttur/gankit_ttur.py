@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -27,7 +28,8 @@ def settings(preset: str = "sagan") -> dict[str, Optim]:
     """Adam's settings of a published pair, by phase: "d" for the discriminator, "g" for the generator.
 
     preset: "sagan" (Zhang et al. 2018, arXiv:1805.08318, section 4: with spectral norm in both networks); of table 1 of
-        arXiv:1706.08500 "wgan_gp" (with one D step instead of five) and, with DCGAN's momenta, "dcgan_celeba",
+        arXiv:1706.08500 "wgan_gp" (with one D step instead of five; one version of the authors' code has its rates the
+        other way round, the table and their last version have these) and, with DCGAN's momenta, "dcgan_celeba",
         "dcgan_cifar10", "dcgan_svhn", "dcgan_lsun". These last have the *smaller* rate in D.
 
     Raises UsageError for another name.
@@ -54,8 +56,8 @@ class TTUR:
     def __post_init__(self) -> None:
         if self.preset != "none":
             settings(self.preset)
-        if any(lr is not None and lr <= 0 for lr in (self.lr_d, self.lr_g)):
-            raise ValueError("lr_d and lr_g must be positive")
+        if any(lr is not None and not 0 < lr < math.inf for lr in (self.lr_d, self.lr_g)):
+            raise ValueError("lr_d and lr_g must be positive and finite")
         if any(beta is not None and not 0 <= beta < 1 for beta in (self.beta1, self.beta2)):
             raise ValueError("beta1 and beta2 must be at least 0 and less than 1")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -227,10 +228,12 @@ class Unrolled:
         self.counts: Counts | None = None
         if self.k < 0:
             raise ValueError("k must not be negative")
+        if self.optimizer not in ("adam", "sgd"):
+            raise ValueError(f"optimizer is 'adam' or 'sgd', not {self.optimizer!r}")
         if self.lr is not None and self.optimizer == "adam":
             raise ValueError("lr is the rate of optimizer=sgd; adam takes D's own, --lr-d")
-        if self.lr is not None and self.lr <= 0:
-            raise ValueError("lr must be positive")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise ValueError("lr must be positive and finite")
 
     @hookimpl
     def setup(self, gan: GAN) -> None:

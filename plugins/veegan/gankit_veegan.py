@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -76,10 +77,14 @@ class VEEGAN:
     reconstructor: Annotated[str | None, "your own F: module:factory or file.py:factory(shape, z_dim)"] = None
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise ValueError("weight must not be negative")
-        if self.noise < 0:
-            raise ValueError("noise must not be negative")
+        if not 0 <= self.weight < math.inf:
+            raise ValueError("weight must not be negative, infinite or NaN")
+        if not 0 <= self.noise < math.inf:
+            raise ValueError("noise must not be negative, infinite or NaN")
+        if self.distance not in ("l2", "cosine"):
+            raise ValueError(f"distance is 'l2' or 'cosine', not {self.distance!r}")
+        if self.reconstructor_loss not in ("joint", "reconstruction"):
+            raise ValueError(f"reconstructor_loss is 'joint' or 'reconstruction', not {self.reconstructor_loss!r}")
         if self.reconstructor_loss == "reconstruction" and self.weight == 0:
             raise ValueError("weight must be positive where F learns from the reconstruction alone")
 

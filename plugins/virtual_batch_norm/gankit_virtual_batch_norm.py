@@ -1,4 +1,4 @@
-"""Virtual batch normalisation (Salimans et al. 2016, arXiv:1606.03498, section 3.4), as functions and as a gankit plugin."""
+"""Virtual batch normalisation (Salimans et al. 2016, arXiv:1606.03498, section 3.5), as functions and as a gankit plugin."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def virtual_batch_norm(
         y_i = weight (x_i - mu_i) / sqrt(var_i + eps) + bias
         mu_i = (n mu_ref + mean(x_i)) / (n + 1),   var_i = (n E_ref[x^2] + mean(x_i^2)) / (n + 1) - mu_i^2
 
-    Section 3.4 of arXiv:1606.03498; the paper gives no formula, the weights n : 1 are those of its official code. Means of a
+    Section 3.5 of arXiv:1606.03498; the paper gives no formula, the weights n : 1 are those of its official code. Means of a
     sample are over its positions: one for vectors, H W for images. No y_i depends on another sample of x.
 
     x: (B, C, \\*positions). reference: of (n, C, \\*positions), see :func:`statistics`. weight, bias: (C,), or None for 1
@@ -199,7 +199,7 @@ class VBN:
     """
 
     formula: ClassVar[str] = "(x - mu) / sqrt(var + eps) of n reference samples and x itself, at every batch norm"
-    paper: ClassVar[str] = "Salimans et al. 2016, Improved Techniques for Training GANs, arXiv:1606.03498, section 3.4"
+    paper: ClassVar[str] = "Salimans et al. 2016, Improved Techniques for Training GANs, arXiv:1606.03498, section 3.5"
 
     on: Annotated[Literal["g", "d", "both"], "networks: the generator as in the paper, the discriminator, both"] = "g"
     reference: Annotated[int | None, "samples in the reference batch; default: as many as there are in a batch"] = None
@@ -207,6 +207,8 @@ class VBN:
     def __post_init__(self) -> None:
         if self.reference is not None and self.reference < 2:
             raise ValueError("reference must be at least 2: one sample has no variance")
+        if self.on not in ("g", "d", "both"):
+            raise ValueError(f"on is 'g', 'd' or 'both', not {self.on!r}")
         self._chosen = True
 
     @hookimpl(tryfirst=True)

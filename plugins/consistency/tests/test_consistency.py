@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Generator
 from itertools import product
 from pathlib import Path
@@ -390,6 +391,13 @@ def test_same_seed_same_terms_and_the_next_step_after_a_round_trip() -> None:
 def test_bad_options(name: str) -> None:
     with pytest.raises(UsageError, match=name):
         build(Consistency, {name: -1}, "consistency")
+
+
+@pytest.mark.parametrize("name", ["weight", "fake_weight", "noise"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_refused_on_the_object_too(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match="must not be negative, infinite or NaN"):
+        Consistency(**{name: value})  # type: ignore[arg-type]
 
 
 def test_a_shift_beyond_the_image_is_refused_before_training() -> None:

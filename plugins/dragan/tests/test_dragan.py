@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -248,6 +249,12 @@ def test_what_cannot_work_is_refused() -> None:
         dragan_penalty(Tanh(3), randn(4, 3), noise="papre")
     with pytest.raises(ValueError, match="floating"):
         dragan_penalty(Tanh(3), torch.arange(4))
+    with pytest.raises(ValueError, match="c is the variance of the paper's noise"):
+        perturb((randn(4, 3),), noise="code", c=4.0)
+    for bad in (-1.0, math.nan, math.inf):
+        for option in ("c", "scale"):
+            with pytest.raises(ValueError, match="scale and c must not be negative, infinite or NaN"):
+                perturb((randn(4, 3),), **{option: bad})
 
 
 # -- the plugin ------------------------------------------------------------------------------------------------------
@@ -334,6 +341,13 @@ def test_same_seed_same_terms_and_the_next_step_after_a_round_trip() -> None:
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         build(DRAGAN, options, "dragan")
+
+
+@pytest.mark.parametrize("option", ["weight", "center", "scale", "c"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_refused_on_the_object_too(option: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{option}.* must not be negative, infinite or NaN"):
+        DRAGAN(**{option: value})  # type: ignore[arg-type]
 
 
 def test_batch_norm_is_refused() -> None:

@@ -209,6 +209,9 @@ def test_refusals(options: dict[str, Any], settings: dict[str, Any], message: st
         tiny_gan(plugins={"feature_matching": FeatureMatching(**options)}, **settings)
     with pytest.raises(UsageError, match="negative"):
         build(FeatureMatching, {"weight": -1}, "feature_matching")
+    for weight in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="negative, infinite or NaN"):
+            FeatureMatching(weight=weight)
     with pytest.raises(UsageError, match="positive"):
         build(FeatureMatching, {"weight": 0, "replace": True}, "feature_matching")
 

@@ -610,6 +610,13 @@ def test_bad_options_are_refused_in_one_sentence(options: dict[str, Any], messag
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("option", ["weight", "center"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_refused_on_the_object_too(option: str, value: float) -> None:
+    with pytest.raises(ValueError, match="weight and center must not be negative, infinite or NaN"):
+        GradientPenalty(**{option: value})  # type: ignore[arg-type]
+
+
 def test_options_arrive() -> None:
     made = build(GradientPenalty, {"weight": "5", "center": "0", "one_sided": "yes", "every": "4"}, "gradient_penalty")
     assert (made.weight, made.center, made.one_sided, made.every) == (5.0, 0.0, True, 4)

@@ -542,9 +542,12 @@ def test_refusals(own: str) -> None:
         ({"n": 9}, "at least 10"),
         ({"n": 20, "k": 20}, "more than k"),
         ({"split": "validation"}, "test|train"),
+        ({"metrics": ""}, "metrics names none: choose from inception_score"),
     ]:
         with pytest.raises(UsageError, match=message):
             build(Inception, options, "inception")
+    with pytest.raises(ValueError, match="'test' or 'train', not 'validation'"):
+        Inception(split="validation")  # type: ignore[arg-type]
     assert build(Inception, {"metrics": "fid, kid"}, "inception").metrics == ("fid", "kid")
     assert Inception().metrics == METRICS
 

@@ -138,6 +138,9 @@ def test_both_orders_with_a_joint_loss_agree(loss: str) -> None:
     assert seen[0] == seen[1]
 
 
-def test_it_is_not_applied_twice() -> None:
-    with pytest.raises(UsageError, match="has none"):
-        smoothed(smoothed(losses.make("saturating")))
+@pytest.mark.parametrize("name", ["non_saturating", "saturating", "least_squares"])
+@pytest.mark.parametrize("target", [0.9, 1.0])
+def test_it_is_not_applied_twice(name: str, target: float) -> None:
+    once = smoothed(losses.make(name), real_target=target)
+    with pytest.raises(UsageError, match=f"the labels of the loss {name} are smoothed already: smooth them once"):
+        smoothed(once)

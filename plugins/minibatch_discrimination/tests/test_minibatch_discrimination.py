@@ -628,3 +628,10 @@ def test_exported_weights_load_into_a_network_with_the_same_statistics() -> None
 def test_options_out_of_range(options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="at least"):
         MinibatchStatistics(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{"kind": "kernel"}, {"calibrate": "centre"}])
+def test_choices_that_there_are_not(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name} is '.*' or '.*', not '{options[name]}'"):
+        MinibatchStatistics(**options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -137,6 +138,20 @@ def test_weight_zero_is_bit_identical_and_draws_nothing() -> None:
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         build(ModeSeeking, options, "mode_seeking")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight": math.nan}, "negative, infinite or NaN"),
+        ({"weight": math.inf}, "negative, infinite or NaN"),
+        ({"eps": math.nan}, "positive"),
+        ({"form": "paper"}, "'inverse' or 'ratio', not 'paper'"),
+    ],
+)
+def test_the_object_refuses_them_too(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModeSeeking(**options)
 
 
 @pytest.mark.parametrize("kind", ["vector", "image"])

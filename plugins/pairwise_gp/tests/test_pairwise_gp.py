@@ -658,6 +658,12 @@ def test_bad_options_are_refused_in_one_sentence(options: dict[str, Any], messag
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("bad", [{"weight": math.nan}, {"weight": math.inf}, {"reduction": "max"}])
+def test_the_object_refuses_them_too_and_not_only_in_its_first_update(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="weight must not be|reduction is 'mean' or 'sum', not 'max'"):
+        PairwiseGP(**bad)
+
+
 def test_options_arrive() -> None:
     made = build(PairwiseGP, {"weight": "5", "reduction": "sum", "every": "4", "encoder": "a:b"}, "pairwise_gp")
     assert (made.weight, made.reduction, made.every, made.encoder) == (5.0, "sum", 4, "a:b")

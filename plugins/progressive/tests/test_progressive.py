@@ -485,6 +485,17 @@ def test_output_layers_have_gain_1_and_all_others_hes() -> None:
         torch.testing.assert_close(layer.weight, gain / math.sqrt(fan_in) * layer.parametrizations.weight.original)
 
 
+def test_with_a_quarter_of_the_first_gain_as_in_the_authors_code_it_begins_with_the_same_images() -> None:
+    g, z = Generator((3, 16, 16), 6, width=2).double(), torch.randn(4, 6, generator=stream(), dtype=torch.float64)
+    images = g(z)
+    dense = g.blocks[0].dense
+    with torch.no_grad():
+        dense.parametrizations.weight.original /= 4
+        torch.testing.assert_close(g(z), images, rtol=1e-5, atol=1e-6)
+        dense.bias += 0.1  # for which alone it is another network
+    assert (g(z) - images).abs().max() > 1e-2
+
+
 def test_widths_double_towards_4_px_up_to_8_times() -> None:
     g = Generator((3, 128, 128), 6, width=2)
     assert [layer.in_channels for layer in g.to_image] == [16, 16, 16, 8, 4, 2]
@@ -692,7 +703,7 @@ def test_what_the_plugin_brings_and_what_it_refuses() -> None:
     for name, value in (("network", "dcgan"), ("depth", 3)):
         with pytest.raises(UsageError, match=f"{name} {value} does not apply: leave --{name} out"):
             GAN(None, None, (1, 8, 8), Latent(4), plugins={"p": Progressive()}, architecture={name: value}).build()
-    for bad in ({"grown_after": -1}, {"stddev_group": -1}, {"width": 0}, {"drift": -1.0}):
+    for bad in ({"grown_after": -1}, {"stddev_group": -1}, {"width": 0}, {"drift": -1.0}, {"drift": math.nan}):
         with pytest.raises(ValueError, match="must"):
             Progressive(**bad)
 

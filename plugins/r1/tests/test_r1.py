@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -220,7 +221,7 @@ def test_no_critic_forward_is_added() -> None:
 
 def test_unrolling_can_differentiate_through_it() -> None:
     """In phase "g" the fakes carry G's graph: the term must keep it where it depends on them, and not fail."""
-    slopes = []
+    slopes, parts = [], []
 
     def smooth() -> nn.Module:  # a leaky ReLU's slope is constant almost everywhere, and so is the penalty
         return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
@@ -233,11 +234,18 @@ def test_unrolling_can_differentiate_through_it() -> None:
                 term = d_objective(gan.discriminator) - gan.loss.d(*logits)
                 slope = torch.autograd.grad(term, next(gan.generator.parameters()), retain_graph=True)[0]
                 slopes.append(slope.abs().max().item())
+                added = torch.autograd.grad(term, gan.parameters("d"), retain_graph=True)
+                penalty = 10 * r1_penalty(logits[0], view.real)
+                parts.append((added, torch.autograd.grad(penalty, gan.parameters("d"), allow_unused=True)))
             return gan.discriminator
 
     run({"r1": R1(), "ask": Ask()}, steps=2, discriminator=smooth)
     assert len(slopes) == 2
-    assert all(slope < 1e-7 for slope in slopes)
+    assert all(slope < 1e-7 for slope in slopes)  # R1 is of real samples, which G does not make
+    for added, expected in parts:  # and there is a term, the whole of it
+        for mine, theirs in zip(added, expected, strict=True):
+            torch.testing.assert_close(mine, torch.zeros_like(mine) if theirs is None else theirs, atol=1e-6, rtol=1e-4)
+        assert added[0].abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["vector", "image"])
@@ -295,11 +303,18 @@ def test_same_seed_same_terms_and_the_next_step_after_a_round_trip() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"weight": -1}, "weight"), ({"every": 0}, "every"), ({"decay_to": 0}, "decay_to")]
+    ("options", "message"),
+    [({"weight": -1}, "weight"), ({"every": 0}, "every"), ({"decay_to": 0}, "decay_to")],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         build(R1, options, "r1")
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf])
+def test_a_weight_that_is_not_finite_is_refused_on_the_object_too(weight: float) -> None:
+    with pytest.raises(ValueError, match="weight must not be negative, infinite or NaN"):
+        R1(weight=weight)
 
 
 def test_batch_norm_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -300,6 +301,12 @@ def test_same_seed_same_terms_and_the_next_step_after_a_round_trip() -> None:
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         build(R2, options, "r2")
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf])
+def test_a_weight_that_is_not_finite_is_refused_on_the_object_too(weight: float) -> None:
+    with pytest.raises(ValueError, match="weight must not be negative, infinite or NaN"):
+        R2(weight=weight)
 
 
 def test_batch_norm_is_refused() -> None:

@@ -510,6 +510,10 @@ def test_what_it_refuses() -> None:
         SelfAttention(on="g", d_after="up1")
     with pytest.raises(ValueError, match="at least 2"):
         SelfAttention(resolution=1)
+    with pytest.raises(ValueError, match="on is 'd', 'g' or 'both', not 'generator'"):
+        SelfAttention(on="generator")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="C/8, C/2, C, not 'C/3'"):
+        SelfAttention(value_channels="C/3")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="value_channels"):
         create(["self_attention"], {"self_attention": {"value_channels": "C/3"}})
 

@@ -1,4 +1,5 @@
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -213,8 +214,11 @@ def test_what_it_refuses() -> None:
         tiny_gan(plugins={"spectral_norm": SpectralNorm()}, discriminator=twice)
     with pytest.raises(ValueError, match="at least 1"):
         SpectralNorm(power_iterations=0)
-    with pytest.raises(ValueError, match="positive"):
-        SpectralNorm(eps=0)
+    for eps in (0, math.nan):
+        with pytest.raises(ValueError, match="positive"):
+            SpectralNorm(eps=eps)
+    with pytest.raises(ValueError, match="on is 'd', 'g' or 'both', not 'discriminator'"):
+        SpectralNorm(on="discriminator")  # type: ignore[arg-type]
 
 
 def test_same_seed_same_terms_and_the_global_stream_is_left_alone() -> None:

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -108,6 +110,6 @@ def test_what_it_refuses() -> None:
         settings("sgan")
     with pytest.raises(UsageError, match=r"ttur.preset must be sagan\|"):
         create(["ttur"], {"ttur": {"preset": "sgan"}})
-    for bad in ({"lr_d": 0.0}, {"lr_g": -1.0}, {"beta1": 1.0}, {"beta2": -0.1}):
+    for bad in ({"lr_d": 0.0}, {"lr_g": -1.0}, {"lr_g": math.nan}, {"lr_d": math.inf}, {"beta1": 1.0}, {"beta2": -0.1}):
         with pytest.raises(ValueError, match="must be"):
             TTUR(**bad)  # type: ignore[arg-type]

@@ -1,10 +1,12 @@
 import copy
+import math
 from collections.abc import Callable, Generator
 from typing import Any
 
 import gankit_unrolled
 import pytest
 import torch
+from gankit_gradient_penalty import gradient_penalty
 from gankit_unrolled import (
     Counts,
     Unrolled,
@@ -320,13 +322,51 @@ class Spy:
         self.critic, self.view, self.fake_logits = critic, view, fake_logits
 
 
+class Slopes(Spy):
+    """How the critic ahead scores samples that G does not make changes with G, which is through the steps ahead alone.
+
+    Of the critic at hand; of one unrolled by hand, with the objective written out; and of two by hand whose penalty is not
+    all unrolled through.
+    """
+
+    stream: Tensor
+
+    @hookimpl
+    def post_g_loss(self, gan: GAN, critic: Callable[..., Tensor], view: View, fake_logits: Tensor) -> None:
+        super().post_g_loss(critic, view, fake_logits)
+        ahead = {"at hand": critic} | {how: self.by_hand(gan, view, how) for how in ("by hand", "cut off", "x cut off")}
+        self.found = {
+            how: torch.autograd.grad(score(*view.real).sum(), gan.parameters("g")[:1], retain_graph=True)[0]
+            for how, score in ahead.items()
+        }
+
+    def by_hand(self, gan: GAN, view: View, how: str) -> Callable[..., Tensor]:
+        points = torch.Generator()
+        points.set_state(self.stream)
+
+        def objective(critic: Callable[..., Tensor]) -> Tensor:
+            penalty = gradient_penalty(critic, view.real, view.fake, detach=how == "x cut off", generator=points)
+            adv = gan.loss.d(critic(*view.real), critic(*view.fake))
+            return adv + 10 * (penalty.detach() if how == "cut off" else penalty)
+
+        return unroll(gan.discriminator, objective, gan.optimizers["d"], 3)
+
+
 def test_penalties_are_unrolled_through() -> None:
-    spy = Spy()
-    gan = tiny_gan(plugins={"unrolled": Unrolled(3), **plugins("gradient_penalty"), "spy": spy})
+    def smooth() -> nn.Module:  # the slope of a leaky ReLU hardly depends on where it is asked for
+        return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    spy, penalty = Slopes(), plugins("gradient_penalty")
+    gan = tiny_gan(plugins={"unrolled": Unrolled(3), **penalty, "spy": spy}, discriminator=smooth)
     update(gan, "d", 1)
     assert spy.calls == 1
+    spy.stream = gan.rng(penalty["gradient_penalty"]).get_state()
     update(gan, "g", 1)
     assert spy.calls == 1 + 3
+    found = spy.found
+    torch.testing.assert_close(found["at hand"], found["by hand"], rtol=1e-4, atol=1e-8)
+    for wrong in ("cut off", "x cut off"):
+        assert (found[wrong] - found["by hand"]).norm() > 0.01 * found["by hand"].norm()
 
 
 @pytest.mark.parametrize(
@@ -380,11 +420,15 @@ def test_other_players_of_phase_d_stay_where_they_are() -> None:
         @hookimpl
         def pre_d_loss(self, gan: GAN, view: View) -> dict[str, Tensor]:
             second: nn.Module = gan.players["second"].module
+            seen.append(second(torch.ones(1, 3)).item())
             return {"second": softplus(second(view.fake[0])).mean()}
 
+    seen: list[float] = []
     gan, _ = run({"second": Second(), "unrolled": Unrolled(2)}, steps=1)
     weight = gan.players["second"].module.weight.clone()
+    assert len(seen) == 3 and seen[0] != seen[1]  # before D's update, then twice ahead of it
     update(gan, "g", 2)
+    assert seen[1:] == seen[1:2] * 4  # in the second step ahead it is where it was in the first
     assert torch.equal(gan.players["second"].module.weight, weight)
 
 
@@ -417,9 +461,11 @@ def test_what_cannot_be_unrolled_is_refused() -> None:
             unroll(d, lambda critic: critic(torch.ones(1, 2)).sum(), optimizer, 1)
     with pytest.raises(UsageError, match="0 or more, not -1"):
         unroll(d, lambda critic: critic(torch.ones(1, 2)).sum(), torch.optim.SGD(d.parameters(), lr=1.0), -1)
-    for bad in ({"k": -1}, {"lr": 0.1}, {"lr": -1.0, "optimizer": "sgd"}):
+    for bad in ({"k": -1}, {"lr": 0.1}, *({"lr": lr, "optimizer": "sgd"} for lr in (-1.0, math.nan, math.inf))):
         with pytest.raises(ValueError, match="must|rate"):
             Unrolled(**bad)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="optimizer is 'adam' or 'sgd', not 'sdg'"):
+        Unrolled(optimizer="sdg", lr=0.1)  # type: ignore[arg-type]
 
 
 def test_parameters_that_are_not_trained_stay_fixed() -> None:

@@ -265,6 +265,21 @@ def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
         build(VEEGAN, options, "veegan")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight": math.nan}, "negative, infinite or NaN"),
+        ({"weight": math.inf}, "negative, infinite or NaN"),
+        ({"noise": math.nan}, "negative, infinite or NaN"),
+        ({"distance": "l1"}, "'l2' or 'cosine', not 'l1'"),
+        ({"reconstructor_loss": "jiont"}, "'joint' or 'reconstruction', not 'jiont'"),
+    ],
+)
+def test_the_object_refuses_them_too(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        VEEGAN(**options)
+
+
 class Pack:
     @hookimpl(wrapper=True, tryfirst=True)
     def view(self) -> Generator[None, View, View]:

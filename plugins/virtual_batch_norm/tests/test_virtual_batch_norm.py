@@ -475,6 +475,8 @@ def test_what_the_plugin_refuses() -> None:
         tiny_gan("image", {"virtual_batch_norm": VBN(on="d", reference=17)}, discriminator=batch_normed)
     with pytest.raises(ValueError, match="at least 2"):
         VBN(reference=1)
+    with pytest.raises(ValueError, match="on is 'g', 'd' or 'both', not 'generator'"):
+        VBN(on="generator")  # type: ignore[arg-type]
 
 
 def test_networks_of_ones_own() -> None:
