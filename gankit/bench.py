@@ -157,11 +157,11 @@ def read(name: str) -> Suite:
     for cell in first:
         suite.config(cell)
     for layer in (suite.settings, *suite.data.values(), *suite.methods.values()):
-        known = set[str]().union(*(suite.owners(c) for c in first if any(layer is mine for mine in suite.layers(c))))
+        on = set[str]().union(*(suite.owners(c) for c in first if any(layer is mine for mine in suite.layers(c))))
         for owner in layer.get("options", {}):
-            if owner not in known:
+            if owner not in on:
                 raise UsageError(
-                    f"{path}: there are options of {owner!r}, which is not switched on{closest(owner, known)}"
+                    f"{path}: there are options of {owner!r}, which is not switched on{closest(owner, on)}"
                 )
     for row in suite.published:
         if not ({"data", "method", "source"} <= row.keys() and row["data"] in suite.data):
@@ -169,10 +169,10 @@ def read(name: str) -> Suite:
                 f"{path}: a [[published]] row names its source, its method and one of the suite's data sets"
             )
     for data in suite.data:
-        for name, least in suite.target_of(data).items():
-            if name not in TARGETS or isinstance(least, bool) or not isinstance(least, (int, float)):
+        for name, goal in suite.target_of(data).items():
+            if name not in TARGETS or isinstance(goal, bool) or not isinstance(goal, (int, float)):
                 raise UsageError(
-                    f"{path}: a target is the least number of {', '.join(TARGETS)}, not {name} = {least!r}"
+                    f"{path}: a target is the least number of {', '.join(TARGETS)}, not {name} = {goal!r}"
                     f"{closest(name, TARGETS)}"
                 )
     return suite

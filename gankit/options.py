@@ -105,9 +105,11 @@ def _convert(value: Any, annotation: Any) -> Any:
         number = float(value)
         if number != int(number):
             raise ValueError
-        return int(value) if not isinstance(value, str) or value.strip().lstrip("+-").isdigit() else int(number)
+        if isinstance(value, str):
+            return int(value) if value.strip().lstrip("+-").isdigit() else int(number)
+        return math.trunc(value)
     if annotation is float:
-        if not math.isfinite(float(value)):
+        if math.isnan(float(value)):
             raise ValueError
         return float(value)
     if annotation is str and isinstance(value, str):

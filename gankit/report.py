@@ -131,11 +131,14 @@ def collect(run: RunDir, name: str) -> Run:
             documents[file] = run.read_json(file)
     metrics = [row for row in rows if row["step"] is not None]
     step = max([row["step"] for row in (*stats[-1:], *metrics[-1:])], default=0)
+    status = _status(documents, step, config.get("steps"))
     ended = [row["diverged"] for row in run.rows("signals.jsonl") if row.get("diverged")]
+    if ended and "failed.json" not in documents:
+        status = f"diverged: {ended[-1]}"
     return Run(
         name=name,
         folder=run.path,
-        status=f"diverged: {ended[-1]}" if ended and "failed.json" not in documents else _status(documents, step, config.get("steps")),
+        status=status,
         config=config,
         metrics=metrics,
         truth=next((row for row in rows if row["step"] is None), {}),

@@ -396,9 +396,9 @@ def recorded_config(run: RunDir) -> Config:
 
 def _unfinished(run: RunDir, steps: int | None) -> Config:
     config = recorded_config(run)
-    ended = run.read_json("summary.json") if (run.path / "summary.json").exists() else {"status": "running"}
-    # of fewer steps it is of before it was continued, and killed
-    if steps is None and ended["status"] == "finished" and ended["steps"] >= (config.steps or 0):
+    ended = run.read_json("summary.json") if (run.path / "summary.json").exists() else None
+    # one of fewer steps is of before it was continued, and killed
+    if steps is None and ended and ended["status"] == "finished" and ended["steps"] >= config.steps:
         raise UsageError(f"{run.path} has finished its {config.steps} steps: give --steps to go on")
     return replace(config, steps=steps or config.steps)
 

@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from processes import CONTEXT, command, inside
 from rich.console import Console
 
 from gankit import UsageError, bench, protocols, results
@@ -80,6 +81,22 @@ def suite_file(folder: Path, steps: int = 30) -> Path:
     path = folder / "two.toml"
     path.write_text(SUITE.replace("STEPS", str(steps)).replace("EVERY", str(steps // 3)))
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cells_start_at_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """In processes that have torch already; a stopped suite's and Ray's start as they do for a person."""
+
+    def call(self: bench.Children, arguments: Sequence[str], threads: int) -> tuple[int, str]:
+        folder = tmp_path_factory.mktemp("cell")
+        process = CONTEXT.Process(target=inside, args=(folder, command, *arguments))
+        process.start()
+        process.join()
+        return process.exitcode, (folder / "output").read_text()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench.Children, "call", call)
+        yield
 
 
 @pytest.fixture(scope="module")

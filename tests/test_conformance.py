@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import unittest
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +27,7 @@ from gankit.claims import Claims
 from gankit.cli import main
 from gankit.conformance import AFTER, CHECKS, checks_of, mend_of, rule_of
 from gankit.conformance.bench import global_random
-from gankit.functional import squared_gradient_norm
+from gankit.functional import logit_per_sample, squared_gradient_norm
 from gankit.testing import plugin_checks
 
 ROOT = Path(__file__).parents[1]
@@ -214,6 +215,66 @@ def test_a_slope_of_the_batch_is_told_from_one_of_the_view() -> None:
     assert "with respect to `view.real` and `view.fake`" in line
 
 
+def test_a_loop_of_ones_own_tells_of_each_update_once() -> None:
+    updates = []
+
+    class Sees(Plugin):
+        """It notes which updates it is told of."""
+
+        @hookimpl
+        def pre_d_loss(self, real_logits: Tensor) -> dict[str, Tensor]:
+            return self.term(real_logits.square().mean())
+
+        @hookimpl
+        def post_step(self, phase: str, step: int) -> None:
+            updates.append((phase, step))
+
+    (check,) = checks_of(Sees, only=["own_loop"])
+    check.bench.data = ("vector",)
+    check.bench.records()
+    updates.clear()
+    assert check.function(check.bench) is None
+    assert updates == 4 * [(phase, step) for step in (1, 2, 3) for phase in "dg"]  # three ways, and gankit's own loop
+
+
+@pytest.mark.parametrize("name", ["NeedsTheAdversarialLoss", "RateOfTheRun"])
+def test_own_loop_says_in_which_of_them(name: str) -> None:
+    cls = next(cls for cls in BROKEN if cls.__name__ == name)
+    (line,) = failures(cls, ("own_loop",)).values()
+    if name == "RateOfTheRun":
+        assert (
+            "with d_loss and g_loss of gankit.attach, on vectors, in step 1: the D term 'rate_of_the_run' is " in line
+        )
+    else:
+        assert "d_terms and g_terms of what it shows, of gankit.attach, on vectors: KeyError: 'adv'" in line
+
+
+def test_late_terms_are_looked_at() -> None:
+    class Late(AsksForValues):
+        """From step 1000 on."""
+
+        @hookimpl
+        def pre_d_loss(self, real_logits: Tensor, step: int) -> dict[str, Tensor] | None:
+            return super().pre_d_loss(real_logits) if step > 1000 else None
+
+    class AtTheEnd(Late):
+        """In the last tenth."""
+
+        @hookimpl
+        def pre_d_loss(self, gan: GAN, real_logits: Tensor, step: int) -> dict[str, Tensor] | None:
+            return super().pre_d_loss(real_logits, step) if step > 0.9 * gan.steps else None
+
+    for cls in (Late, AtTheEnd):
+        assert failures(cls, ("no_waiting", "terms_seen", "derivative")).keys() == {"no_waiting"}
+
+
+def test_a_term_that_comes_with_another_loss_alone_is_seen() -> None:
+    checks = checks_of("progressive", only=["terms_seen"])
+    assert str(checks[0].result()).endswith(
+        "not with the loss non_saturating, with which most is checked, but with wasserstein"
+    )
+
+
 def test_options_reach_the_plugin() -> None:
     assert not failures("gradient_penalty", ("claimed_norm",), center=0.0, weight=3.0)
     assert "claimed_norm" in failures("gradient_penalty", ("claimed_norm",), one_sided=True)  # not what the claim says
@@ -280,6 +341,38 @@ class LazyWithState(Plugin):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.average = state["average"]
+
+
+class AlikeInTheMean(Plugin):
+    """Seldom, much, and to one side: but with the same chances for both sides, which are also drawn one from the other."""
+
+    @hookimpl(wrapper=True)
+    def view(self, gan: GAN) -> Generator[None, View, View]:
+        view = yield
+        (real, *others), (fake, *fake_others) = view
+        u = torch.empty_like(real).uniform_(generator=gan.rng(self))
+        real, fake = (x + 100 * (v > 0.99) + v.mean() for x, v in ((real, u), (fake, 1 - u)))
+        return View((real, *others), (fake, *fake_others))
+
+
+class OnceOnTheCPU(Plugin):
+    """Made there and brought over, or only named beside it."""
+
+    @hookimpl
+    def pre_d_loss(self, real_logits: Tensor) -> dict[str, Tensor]:
+        x = logit_per_sample(real_logits)
+        ones = torch.ones(len(x), dtype=x.dtype, device=torch.device("cpu")).to(x.device)
+        places = torch.linspace(0, 1, len(x)).to(x)
+        listed = torch.as_tensor([1.0] * len(x), dtype=x.dtype, device=x.device)
+        same = torch.as_tensor(x)
+        filled = torch.empty_like(x)
+        filled.copy_(torch.arange(len(x)))
+        return self.term((ones * places * listed * same * filled).mean())
+
+
+def test_no_false_alarm_of_sides_and_devices() -> None:
+    assert not failures(AlikeInTheMean, ("view_sides_alike",))
+    assert not failures(OnceOnTheCPU, ("any_device", "float64", "own_loop"))
 
 
 def test_unusual_but_right() -> None:

@@ -34,7 +34,8 @@ Z_DIM = 4
 BATCH = 8
 STEP = 720720  # a late one: a multiple of all numbers up to 16, so that lazy penalties act
 WARM = 3  # steps before a scene: averages and histories have begun
-LAST = 17  # the step by which a term must have shown itself; lazy penalties act every 16th
+LAST = 17  # the step by which most terms have shown themselves; lazy penalties act every 16th
+LATE = (STEP, 2 * STEP)  # where to look for others: in the middle and at the end
 Watch = Callable[[str, dict[str, Any]], AbstractContextManager[None]]
 
 
@@ -223,7 +224,7 @@ class Bench:
             torch.rand(gan.batch_size, *shape, generator=gan.stream("data"), device=gan.device) * 2 - 1
         )
         gan.data = None
-        gan.steps = 2 * STEP
+        gan.steps = LATE[-1]
         if watch:
             observe(gan, plugins[self.name], watch)
         if prepare:
@@ -271,21 +272,26 @@ class Bench:
     def scene(self, kind: str, phase: str, *, options: Mapping[str, Any] | None = None, **settings: Any) -> Scene:
         """The first update of this phase after the third step in which the plugin has a term, in float64 and lively.
 
-        Raises ``Skipped`` if it has none by then.
+        Where it has none in the first 17 steps, one in the middle or at the end of the run. Raises ``Skipped`` if there
+        it has none either.
         """
         with quiet(), global_random(0), default_dtype(torch.float64):
             plugin = self.plugin(**(options or {}))
             gan = self.gan(kind, {self.name: plugin}, **{"lively": True, **settings})
-            train(gan, WARM)
-            while gan.step < LAST:
-                gan.step += 1
+            for step in (*range(WARM + 1, LAST + 1), *LATE):
+                if step in LATE:
+                    gan.step = step - 2  # one update before, in which averages begin
+                train(gan, step - 1)
+                gan.step = step
                 scene = Scene(self.name, gan, plugin, phase)
                 if scene.play():
                     return scene
                 scene.rewind()
-                gan.step -= 1
-                train(gan, gan.step + 1)
-        raise Skipped(f"it has no {phase.upper()} term in its first {LAST} steps with these options")
+                gan.step = step - 1
+        late = " and ".join(map(str, LATE))
+        raise Skipped(
+            f"it has no {phase.upper()} term in its first {LAST} steps, nor in steps {late}, with these options"
+        )
 
     def scenes(self, *, repeatable: bool = True) -> list[Scene]:
         """The scenes of both phases on all kinds of data the plugin trains on and has terms in; made once.

@@ -31,6 +31,7 @@ from gankit.loop import train
 
 EARLY = 3  # where a weight that changes over steps is another one
 STREAMS = 40  # over which random terms are averaged
+MOVED = 10.0  # by which samples that lie near 0 come to lie elsewhere, as spread out as before
 NORMS = (0.0, 0.3, 1.0, 1.7, 2.0, 3.0, 0.5, 4.0)
 
 
@@ -208,6 +209,8 @@ def claimed_slopes(bench: Bench) -> None:
 def claimed_place(bench: Bench) -> None:
     """Claimed where the slope is taken: on a critic whose slope is x itself, the term tells at which x.
 
+    Between the sides that is another place with other random numbers; near the real samples it depends on them alone.
+
     Mend: real, fake, or ``gankit.functional.interpolate`` between them; mind which side is which.
     """
     f, at = bench.claims.gradient_norm, bench.claims.at
@@ -216,7 +219,8 @@ def claimed_place(bench: Bench) -> None:
     for kind, toy in toys(bench):
         direction = unit(8, KINDS[kind])
         r, s = (torch.linspace(a, b, 8, dtype=torch.float64) for a, b in ((0.2, 0.6), (2.0, 3.0)))
-        term = toy.term(Bowl(), rows(r, direction) * direction, rows(s, direction) * direction).item()
+        near, far = (rows(norms, direction) * direction for norms in (r, s))
+        term = toy.term(Bowl(), near, far).item()
         at_real, at_fake = (toy.said(f, norms).mean().item() for norms in (r, s))
         if at in ("real", "fake"):
             wanted, other = (at_real, at_fake) if at == "real" else (at_fake, at_real)
@@ -232,12 +236,24 @@ def claimed_place(bench: Bench) -> None:
             ends = close(term, at_real, 1e-4) or close(term, at_fake, 1e-4)
             expect(inside and not ends, f"on {kind}s, between real and fake samples the term lies within {low:.6g} and "
                    f"{high:.6g}, at them it is {at_real:.6g} and {at_fake:.6g}; it is {term:.6g}")  # fmt: skip
-        else:
-            far = torch.stack([rows(s, direction) * direction, -rows(s, direction) * direction])
-            near = rows(r, direction) * direction
-            one, two = (toy.term(Bowl(), near, fake).item() for fake in far)
+            again = [toy.term(Bowl(), near, far, seed).item() for seed in range(1, 5)]
             expect(
-                close(one, two), f"on {kind}s, near real samples the term does not depend on the fake ones, but it does"
+                not all(close(value, term) for value in again),
+                f"on {kind}s, between real and fake samples it is always at the same place: whatever the random numbers, "
+                f"the term is {term:.6g}",
+                "one random number for each sample, such as `gankit.functional.interpolate` draws",
+            )
+        else:
+            other = toy.term(Bowl(), near, -far).item()
+            expect(
+                close(term, other),
+                f"on {kind}s, near real samples the term does not depend on the fake ones, but it does",
+            )
+            moved = toy.term(Bowl(), near + MOVED, far).item()
+            expect(
+                not close(term, moved),
+                f"on {kind}s, near real samples the term depends on where they are, but it is {term:.6g} wherever they are",
+                "add the noise to the real samples, `view.real`",
             )
 
 

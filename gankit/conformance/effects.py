@@ -22,6 +22,14 @@ def weights_kept(bench: Bench) -> None:
     nothing(bench, "weights", "changes", steps=2)  # in one step alone: set-up that waits for the first data
 
 
+def g_weights_kept(bench: Bench) -> None:
+    """After an update of D ``post_step`` leaves the trained weights of phase "g" alone: it is not they that moved.
+
+    Mend: ``gan.parameters(phase)`` are those that moved; what is to happen once per step, or to G, waits for phase "g".
+    """
+    nothing(bench, "g_weights", "changes, after an update of D,")
+
+
 def grads_kept(bench: Bench) -> None:
     """No ``.grad`` appears or changes inside a hook: the loop's own backward pass is the only one.
 

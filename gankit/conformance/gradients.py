@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from itertools import product
+
 import torch
 from torch import Tensor
 
+from gankit import losses
 from gankit.conformance.bench import (
     TERM_HOOKS,
     Bench,
+    Failed,
     Scene,
     Skipped,
     default_dtype,
@@ -16,11 +21,32 @@ from gankit.conformance.bench import (
     quiet,
     same,
 )
+from gankit.errors import UsageError
 from gankit.gan import GAN
 from gankit.loop import total, update
 from gankit.options import options_of
 
 STEP = 1e-7  # of the difference quotient, so small that no kink of a leaky ReLU lies within
+
+
+def terms_seen(bench: Bench) -> str | None:
+    """A plugin with ``pre_d_loss`` or ``post_g_loss`` has a term in some step, or nothing of what it does is checked.
+
+    Mend: choose options with which it acts, ``-o weight=1``; if it has them, see what keeps it from its term.
+    """
+    if not bench.has(*TERM_HOOKS.values()):
+        raise Skipped("it adds no terms")
+    if any(names for record in bench.trained() for names in record.terms.values()):
+        return None
+    with contextlib.suppress(Skipped):
+        bench.scenes(repeatable=False)
+        return None
+    for name, kind, (phase, hook) in product(losses.LOSSES, bench.kinds(), TERM_HOOKS.items()):
+        if bench.has(hook):
+            with contextlib.suppress(Skipped, UsageError):
+                bench.scene(kind, phase, loss=losses.make(name))
+                return f"not with the loss {bench.loss(kind)}, with which most is checked, but with {name}"
+    raise Failed("it never had a term: neither in early steps nor in late ones, with no kind of data and no loss")
 
 
 def the_same_again(bench: Bench) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,24 +18,26 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gankit import networks
-from gankit.conformance.bench import TERM_HOOKS, WARM, Bench, Skipped, global_states, quiet
+from gankit.conformance.bench import LATE, TERM_HOOKS, WARM, Bench, Skipped, global_states, quiet
 from gankit.contract import Batch, View
 from gankit.errors import UsageError
 from gankit.gan import GAN
+from gankit.hookspecs import hookimpl
 from gankit.loop import train
 from gankit.plugins import ContractError
 from gankit.testing import Log
 
 EVERY_STEP = ("sample", "view", "critic", "pre_d_loss", "post_g_loss")
 FACTORIES = (
-    "arange", "empty", "eye", "full", "linspace", "logspace", "normal", "ones", "rand", "randint", "randn",
-    "randperm", "tensor", "tril_indices", "triu_indices", "zeros",
+    "arange", "as_tensor", "asarray", "empty", "eye", "from_numpy", "full", "linspace", "logspace", "normal", "ones",
+    "rand", "randint", "randn", "randperm", "tensor", "tril_indices", "triu_indices", "zeros",
 )  # fmt: skip
 WAITS = (
     "item", "tolist", "__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__", "numpy", "cpu",
     "nonzero", "argwhere", "masked_select", "unique",
 )  # fmt: skip
-MOVES = ("to", "cuda", "type_as", "copy_", "as_tensor", "__setitem__")
+MOVES = ("to", "cuda", "type_as", "as_tensor", "asarray")
+FILLS = ("copy_", "__setitem__")  # from any device, and what is filled stays where it is
 
 
 class Probe(TorchFunctionMode):
@@ -41,12 +45,18 @@ class Probe(TorchFunctionMode):
 
     A tensor made without a device lies on the CPU, where ``torch.rand(3)`` puts it whatever the networks do; to mix it with
     theirs fails on a GPU. So such tensors are marked, and what mixes marked with others is noted. Tensors of one number mix
-    with everything.
+    with everything. on_cpu: the lines of the file that name the CPU, see :func:`lines_on_cpu`.
     """
 
-    def __init__(self, note: Callable[[str, str], None], own: Callable[[], torch.Generator | None], file: str) -> None:
+    def __init__(
+        self,
+        note: Callable[[str, str], None],
+        own: Callable[[], torch.Generator | None],
+        file: str,
+        on_cpu: frozenset[int] = frozenset(),
+    ) -> None:
         super().__init__()
-        self.note, self.own, self.file = note, own, file
+        self.note, self.own, self.file, self.on_cpu = note, own, file, on_cpu
         self.astray: Any = WeakIdKeyDictionary()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -64,13 +74,15 @@ class Probe(TorchFunctionMode):
         ):
             self.note("wait", f"{name}{self.line()}")
         out = func(*args, **kwargs)
-        if name in FACTORIES and func is getattr(torch, name, None):
-            if kwargs.get("device") is None or isinstance(kwargs["device"], str):
+        made = name in FACTORIES and func is getattr(torch, name, None)
+        if made and not (name in MOVES and isinstance((*args, *kwargs.values())[0], Tensor)):
+            device = kwargs.get("device")
+            if device is None or isinstance(device, str) or self.number() in self.on_cpu:
                 self.mark(out, f"torch.{name}{self.line()}")
-        elif name in MOVES:
+        elif name == "cuda" or (name in MOVES and _follows((*args[1:], *kwargs.values()))):
             for t in _tensors((out,)):
                 self.astray.pop(t, None)
-        else:
+        elif name not in FILLS:
             sources = [self.astray[t] for t in given if t in self.astray]
             others = [t for t in given if t.dim() and t not in self.astray]
             if sources and others and name != "__getitem__":
@@ -86,11 +98,54 @@ class Probe(TorchFunctionMode):
             self.astray[out] = source
 
     def line(self) -> str:
-        """Where in the plugin's file the call comes from."""
+        """Where in the plugin's file the call comes from, for messages."""
+        return f" in line {number}" if (number := self.number()) else ""
+
+    def number(self) -> int:
+        """The line of the plugin's file that the call comes from; 0 if from none."""
         frame = sys._getframe(1)
         while frame and frame.f_code.co_filename != self.file:
             frame = frame.f_back  # type: ignore[assignment]
-        return f" in line {frame.f_lineno}" if frame else ""
+        return frame.f_lineno if frame else 0
+
+
+def lines_on_cpu(file: str) -> frozenset[int]:
+    """The lines of calls with ``device=torch.device("cpu")``, or with the name of one: what they make has this device.
+
+    At run time it cannot be told from the networks' own device, which here is the CPU as well.
+    """
+    try:
+        nodes = [*ast.walk(ast.parse(Path(file).read_text()))]
+    except (OSError, ValueError, SyntaxError):  # of what was typed in there is no file
+        return frozenset()
+    constants = {
+        target.id
+        for node in nodes
+        if isinstance(node, ast.Assign) and _is_cpu(node.value)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    return frozenset(
+        line
+        for node in nodes
+        if isinstance(node, ast.Call)
+        for keyword in node.keywords
+        if keyword.arg == "device" and (_is_cpu(keyword.value) or getattr(keyword.value, "id", "") in constants)
+        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    )
+
+
+def _is_cpu(node: ast.expr) -> bool:
+    """Whether it is ``torch.device("cpu")``."""
+    if not isinstance(node, ast.Call) or not node.args or not isinstance(node.args[0], ast.Constant):
+        return False
+    called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+    return called == "device" and str(node.args[0].value).startswith("cpu")
+
+
+def _follows(values: Iterable[Any]) -> bool:
+    """Whether there is a device among them, or a tensor whose device to take."""
+    return any(isinstance(value, (Tensor, torch.device)) for value in values)
 
 
 def _text(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -106,7 +161,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 class Record:
-    """What happened in three steps on one kind of data.
+    """What happened in three steps on one kind of data, and in late ones, if the plugin had no term by then.
 
     error: why it stopped, or None. refused: the plugin refused these data. notes: per subject, what was noted at which step
     of which hook. updates: the terms of each update.
@@ -117,29 +172,44 @@ class Record:
         self.notes: dict[str, list[tuple[int, str, str]]] = {}
         self.costs: Counter[tuple[str, str, int]] = Counter()
         self.error: BaseException | None = None
-        self.terms: dict[str, set[str]] = {"d": set(), "g": set()}
         self.gan: GAN | None = None
+        self.phase = ""
+        self.file = sys.modules[bench.factory.__module__].__file__ or ""
+        self.on_cpu = lines_on_cpu(self.file)
         log = Log()
         try:
             self.plugin = bench.plugin()
             printed = io.StringIO()
             with quiet(), contextlib.redirect_stdout(printed):
-                bench.gan(kind, {bench.name: self.plugin}, core={"log": log}, watch=self.watch, prepare=self._prepare)
+                core = {"log": log, "phase": self}
+                bench.gan(kind, {bench.name: self.plugin}, core=core, watch=self.watch, prepare=self._prepare)
                 assert self.gan is not None
                 train(self.gan, WARM)
+                for late in LATE:
+                    if bench.has(*TERM_HOOKS.values()) and not any(self._names().values()):
+                        self.gan.step = late - 2
+                        train(self.gan, late)
             if text := printed.getvalue().strip():
                 self.note("print", "", f"{text.splitlines()[0]!r:.60}")
         except Skipped:
             raise
         except Exception as error:
             self.error = error
-        self.updates = log.updates
-        if self.gan:
-            for (hook, name), owner in self.gan.manager.owners.items():
-                if owner == bench.name:
-                    for phase, of_terms in TERM_HOOKS.items():
-                        if hook == of_terms:
-                            self.terms[phase].add(name)
+        self.updates, self.terms = log.updates, self._names()
+
+    def _names(self) -> dict[str, set[str]]:
+        """Of the plugin's terms so far, by phase."""
+        owners = self.gan.manager.owners.items() if self.gan else ()
+        return {
+            phase: {name for (hook, name), owner in owners if (hook, owner) == (of_terms, self.bench.name)}
+            for phase, of_terms in TERM_HOOKS.items()
+        }
+
+    @hookimpl(wrapper=True, tryfirst=True)
+    def post_step(self, phase: str) -> Generator[None, Any, Any]:
+        """Take note, as part of the core, of whose update it is: not every plugin asks."""
+        self.phase = phase
+        return (yield)
 
     @property
     def refused(self) -> bool:
@@ -188,9 +258,8 @@ class Record:
 
             root = gan.players["discriminator"].module if "discriminator" in gan.players else None
             handle = root and root.register_forward_pre_hook(lambda *_: calls.update(("forward",)))
-            file = sys.modules[self.bench.factory.__module__].__file__ or ""
             try:
-                with Probe(note, lambda: gan.rngs.get(f"plugin:{self.bench.name}"), file):
+                with Probe(note, lambda: gan.rngs.get(f"plugin:{self.bench.name}"), self.file, self.on_cpu):
                     yield
             finally:
                 if handle:
@@ -245,6 +314,11 @@ class Record:
                 runs = own or hook == "sample"
                 for name, t in (*module.named_parameters(), *(() if runs else module.named_buffers())):
                     found["weights", f"{network}.{name}"] = (t.detach().clone(), t._version)
+        if hook == "post_step" and self.phase == "d":
+            for network, player in gan.players.items():
+                for name, p in player.module.named_parameters() if player.phase == "g" else ():
+                    if p.requires_grad:
+                        found["g_weights", f"{network}.{name}"] = p.detach().clone()
         for name in ("batch", "view", "real", "z", "real_logits", "fake_logits", "inner"):
             value = known.get(name)
             parts = value._asdict() if isinstance(value, (Batch, View)) else {"": value}

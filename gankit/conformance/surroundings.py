@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gankit import networks
-from gankit.attached import attach
+from gankit import losses, networks
+from gankit.attached import Attached, attach
 from gankit.conformance.bench import (
     BATCH,
     KINDS,
+    LATE,
     WARM,
     Z_DIM,
     Bench,
@@ -33,12 +34,13 @@ from gankit.conformance.bench import (
     unequal,
     weights_of,
 )
-from gankit.contract import Batch, View
+from gankit.contract import PHASES, Batch, View
 from gankit.data.dataset import Dataset, Store
 from gankit.errors import UsageError
+from gankit.gan import Optim
 from gankit.hookspecs import hookimpl
-from gankit.loop import train
-from gankit.plugins import ContractError, available, create
+from gankit.loop import Critic, train
+from gankit.plugins import ContractError, available, create, snake_case
 from gankit.testing import Log
 
 COMPANIONS: dict[str, dict[str, Any]] = {
@@ -234,35 +236,135 @@ def companions(bench: Bench) -> None:
 
 
 def own_loop(bench: Bench) -> None:
-    """In a loop of one's own, with ``gankit.attach``, it works or is refused in a sentence.
+    """In a loop of one's own, with ``gankit.attach``, it adds the terms it adds in gankit's, or is refused in a sentence.
 
-    Mend: as the message says; look at arguments of the hook, not at the GAN, where both have it.
+    Mend: as the message says; look at arguments of the hook, not at the GAN, where both have it, and for rates at
+    ``gan.optimizers``; ``post_step`` gets no term "adv" where a loop adds ``attached.d_terms`` to a loss of its own.
     """
     for kind in bench.kinds():
-        works("with gankit.attach", kind, lambda kind=kind: _own_loop(bench, kind))  # type: ignore[misc]
+        wanted: Updates | None = None
+        for name, route in ROUTES.items():
+            what = f"with {name} of gankit.attach"
+            found = works(what, kind, lambda kind=kind, route=route: _own_loop(bench, kind, route))  # type: ignore[misc]
+            if found and wanted is None:
+                wanted = works("on networks of one's own", kind, lambda kind=kind: _gankits_loop(bench, kind))  # type: ignore[misc]
+            for (phase, step, terms), (*_, right) in zip(found or (), wanted or (), strict=False):
+                where = f"{what}, on {kind}s, in step {step}"
+                expect(
+                    terms.keys() == right.keys(),
+                    f"{where}: the {phase.upper()} terms are {', '.join(terms)}; in gankit's own loop {', '.join(right)}",
+                )
+                for term, value in terms.items():
+                    expect(
+                        close(value, right[term], 1e-4),
+                        f"{where}: the {phase.upper()} term {term!r} is {value:.6g}; in gankit's own loop {right[term]:.6g}",
+                    )
 
 
-def _own_loop(bench: Bench, kind: str) -> None:
-    shape = KINDS[kind]
+Updates = list[tuple[str, int, dict[str, float]]]
+LR = 1e-3  # not the rate that a GAN has by itself, which says nothing of optimisers that are somebody's own
+
+
+def _networks(bench: Bench, kind: str) -> tuple[nn.Module, nn.Module]:
+    """G and D, always the same; D for what the plugin shows."""
+    shown = bench.gan(kind, {bench.name: bench.plugin()}).first_view().real
     torch.manual_seed(0)
+    g = networks.generator(KINDS[kind], Z_DIM, width=8)
+    return g, networks.discriminator([t.shape[1:] for t in shown], width=8)
+
+
+def _batches(kind: str) -> list[tuple[Tensor, Tensor]]:
+    """Real samples and latents, for D and G in turns."""
     stream = torch.Generator().manual_seed(0)
-    like = bench.gan(kind, {bench.name: bench.plugin()})
-    g = networks.generator(shape, Z_DIM, width=8)
-    d = networks.discriminator([t.shape[1:] for t in like.first_view().real], width=8)
-    optimizers = {phase: torch.optim.Adam(m.parameters(), lr=1e-3) for phase, m in (("d", d), ("g", g))}
-    attached = attach(g, d, [bench.plugin()], optimizers=optimizers)
-    real = torch.rand(BATCH, *shape, generator=stream) * 2 - 1
-    attached.setup(
-        real, g(torch.randn(BATCH, Z_DIM, generator=stream)).detach(), torch.randn(BATCH, Z_DIM, generator=stream)
+    real = (torch.rand(BATCH, *KINDS[kind], generator=stream) * 2 - 1 for _ in range(2 * WARM))
+    return [(x, torch.randn(BATCH, Z_DIM, generator=stream)) for x in real]
+
+
+def _gankits_loop(bench: Bench, kind: str) -> Updates:
+    plugin, log = bench.plugin(), Log()
+    g, d = _networks(bench, kind)
+    name = snake_case(type(plugin).__name__)  # as attach calls it, for its random stream
+    gan = bench.gan(
+        kind,
+        {name: plugin},
+        core={"log": log},
+        generator=g,
+        discriminator=d,
+        architecture={},
+        optim={phase: Optim(lr=LR) for phase in PHASES},
     )
-    for _ in range(3):
-        for phase, loss in (("d", attached.d_loss), ("g", attached.g_loss)):
-            z = torch.randn(BATCH, Z_DIM, generator=stream)
-            fake = g(z)
-            optimizers[phase].zero_grad()
-            loss(real, fake.detach() if phase == "d" else fake, z).backward()  # type: ignore[no-untyped-call]
-            optimizers[phase].step()
-            attached.stepped(phase)
+    real, z = map(iter, zip(*_batches(kind), strict=True))
+    gan.next_real, gan.next_z = real.__next__, z.__next__  # type: ignore[assignment, method-assign]
+    train(gan, WARM)
+    return log.updates
+
+
+def _own_loop(bench: Bench, kind: str, route: Route) -> Updates:
+    g, d = _networks(bench, kind)
+    s = Optim(lr=LR)
+    optimizers = {
+        phase: torch.optim.Adam(m.parameters(), lr=s.lr, betas=s.betas, eps=s.eps, fused=True)
+        for phase, m in (("d", d), ("g", g))
+    }
+    loss = losses.make(bench.loss(kind))
+    attached = attach(g, d, [bench.plugin()], optimizers=optimizers, loss=loss, steps=LATE[-1])
+    batches, updates = _batches(kind), []
+    attached.setup(batches[0][0], *batches[0])
+    for i, (real, z) in enumerate(batches):
+        phase, fake = PHASES[i % 2], g(z)
+        optimizers[phase].zero_grad()
+        whole, adv = route(attached, d, phase, real, fake.detach() if phase == "d" else fake, z)
+        whole.backward()  # type: ignore[no-untyped-call]
+        optimizers[phase].step()
+        terms = {**adv, **attached.terms[phase]}
+        updates.append((phase, i // 2 + 1, {name: term.item() for name, term in terms.items()}))
+    return updates
+
+
+Route = Callable[[Attached, nn.Module, str, Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+"""One way to a player's loss in a loop of one's own, and what of it attach does not know."""
+
+
+def _whole(
+    attached: Attached, d: nn.Module, phase: str, real: Tensor, fake: Tensor, z: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    return (attached.d_loss if phase == "d" else attached.g_loss)(real, fake, z), {}
+
+
+def _of_shown(
+    attached: Attached, d: nn.Module, phase: str, real: Tensor, fake: Tensor, z: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    shown = attached.show(real, fake, z, phase=phase)
+    logits, adv = _adversarial(attached, shown.critic, phase, shown.real, shown.fake)
+    added = attached.d_terms(shown, **logits) if phase == "d" else attached.g_terms(shown, g_loss=adv, **logits)
+    return adv + added, {"adv": adv}
+
+
+def _alone(
+    attached: Attached, d: nn.Module, phase: str, real: Tensor, fake: Tensor, z: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    if phase == "d":  # before anything is scored, which is refused where D is for other shapes
+        added = attached.d_terms(real, fake, z)
+    _, adv = _adversarial(attached, d, phase, (real,), (fake,))
+    if phase == "g":
+        added = attached.g_terms(real, fake, z, g_loss=adv)
+    return adv + added, {"adv": adv}
+
+
+def _adversarial(
+    attached: Attached, critic: Critic, phase: str, real: tuple[Tensor, ...], fake: tuple[Tensor, ...]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Logits of the sides that the loss needs, and the loss."""
+    sides = {"real_logits": real, "fake_logits": fake}
+    logits = {name: critic(*sides[name]) for name in (sides if phase == "d" else attached.loss.g_sides)}
+    return logits, attached.loss.d(*logits.values()) if phase == "d" else attached.loss.g(**logits)
+
+
+ROUTES: dict[str, Route] = {
+    "d_loss and g_loss": _whole,
+    "show, and d_terms and g_terms of what it shows,": _of_shown,
+    "d_terms and g_terms": _alone,
+}
 
 
 def players(bench: Bench) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,21 +60,46 @@ def view_sides_alike(bench: Bench) -> None:
     Mend: apply one function to ``view.real`` and ``view.fake``, each with random draws from the same distribution.
     """
     for kind in need_view(bench):
-        gan, plugin, batch = staged(bench, kind)
-        changes = []
-        for seed in range(16):
-            gan.rng(plugin).manual_seed(seed)
-            view = shown(gan, batch._replace(fake=batch.real))
-            real, fake = view.real[0], view.fake[0]
-            if real.shape != batch.real.shape:
-                raise Skipped("it regroups samples or adds to them, so they cannot be compared with what they were")
-            changes.append([(t - batch.real).abs().mean() for t in (real, fake)])
-        on_real, on_fake = (torch.stack(side).mean().item() for side in zip(*changes, strict=True))
-        alike = max(on_real, on_fake) <= 2 * min(on_real, on_fake) + 1e-12
-        expect(
-            alike,
-            f"on {kind}s, it changes equal samples by {on_real:.3g} on the real side and {on_fake:.3g} on the fake side",
-        )
+        changes = _changes(bench, kind)
+        for what, f in CHANGES.items():
+            values = f(changes).flatten(2)
+            values = torch.cat([values, values.mean(2, keepdim=True)], dim=2)
+            apart = values[:, 0] - values[:, 1]
+            # The sides may be swapped, so each draw's difference has either sign with equal chance, whatever its
+            # distribution; then |sum| > t sqrt(sum of squares) has a chance of at most 2 exp(-t^2 / 2) (Hoeffding).
+            t = math.sqrt(2 * math.log(2 * apart.shape[1] / CHANCE))
+            excess = apart.sum(0).abs() - t * apart.square().sum(0).sqrt() - DRAWS * ROUNDING
+            on_real, on_fake = values[:, :, excess.argmax()].mean(0).tolist()
+            expect(
+                excess.max() <= 0,
+                f"on {kind}s, over {DRAWS} draws the {what} equal samples is {on_real:.3g} on the real side and "
+                f"{on_fake:.3g} on the fake side",
+            )
+
+
+DRAWS = 128
+CHANCE = 1e-6  # of a false alarm, at most
+ROUNDING = 1e-5
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "change of": lambda changes: changes,
+    "squared change of": lambda changes: changes.square(),
+    "squared mean change of": lambda changes: changes.flatten(3).mean(3).square(),
+}
+
+
+def _changes(bench: Bench, kind: str) -> Tensor:
+    """(DRAWS, 2, B, \\*shape): what the view does to the same samples on either side, with ever new random numbers."""
+    gan, plugin, _ = staged(bench, kind)
+    real, z, found = gan.next_real(), gan.next_z(), []
+    for seed in range(DRAWS):
+        gan.rng(plugin).manual_seed(seed)
+        with quiet(), global_random(0), torch.no_grad():
+            batch: Batch = gan.hook.sample(gan=gan, real=real, z=z, phase="d", step=gan.step + 1)
+        view = shown(gan, batch._replace(fake=batch.real))
+        if view.real[0].shape != batch.real.shape:
+            raise Skipped("it regroups samples or adds to them, so they cannot be compared with what they were")
+        found.append(torch.stack([side[0] - batch.real for side in view]))
+    return torch.stack(found).double()
 
 
 def view_gradient(bench: Bench) -> None:

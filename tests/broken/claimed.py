@@ -124,6 +124,32 @@ class NotBetween(Slope):
     claims: ClassVar[Claims] = Claims(gradient_norm=NORM.gradient_norm, at="between")
 
 
+class HalfWay(Plugin):
+    """Always half way, where anywhere between is claimed."""
+
+    caught_by: ClassVar[str] = "claimed_place"
+    claims: ClassVar[Claims] = Claims(gradient_norm=NORM.gradient_norm, at="between")
+
+    @hookimpl
+    def pre_d_loss(self, critic: Callable[..., Tensor], view: View) -> dict[str, Tensor]:
+        x = tuple((r + f) / 2 if r.is_floating_point() else r for r, f in zip(*view, strict=True))
+        return self.term((norm_per_sample(input_gradients(critic(*x), x)) - 1).square().mean())
+
+
+class NoiseAlone(Plugin):
+    """The noise around the real samples, without the samples."""
+
+    caught_by: ClassVar[str] = "claimed_place"
+    claims: ClassVar[Claims] = Claims(gradient_norm=NORM.gradient_norm, at="near_real")
+
+    @hookimpl
+    def pre_d_loss(self, gan: GAN, critic: Callable[..., Tensor], view: View) -> dict[str, Tensor]:
+        real, *others = view.real
+        noise = real.detach().std(correction=0) * torch.empty_like(real).normal_(generator=gan.rng(self))
+        x = (noise.requires_grad_(), *others)
+        return self.term((norm_per_sample(input_gradients(critic(*x), x[:1])) - 1).square().mean())
+
+
 class OneMix(Plugin):
     """One mixing weight for the whole batch."""
 

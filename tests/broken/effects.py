@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from broken import Plugin
 from gankit import GAN, Batch, View, hookimpl
 from gankit.claims import Claims
-from gankit.functional import interpolate, squared_gradient_norm
+from gankit.functional import interpolate, logit_per_sample, squared_gradient_norm
 
 
 class NoiseInPlace(Plugin):
@@ -52,6 +52,19 @@ class ClipsTooEarly(Plugin):
             for p in gan.parameters("d"):
                 p.clamp_(-0.5, 0.5)
         return critic
+
+
+class ClipsG(Plugin):
+    """The critic's weights are to be clipped, and G's are."""
+
+    caught_by: ClassVar[str] = "g_weights_kept"
+
+    @hookimpl
+    @torch.no_grad()
+    def post_step(self, gan: GAN, phase: str) -> None:
+        if phase == "d":
+            for p in gan.generator.parameters():
+                p.clamp_(-0.01, 0.01)
 
 
 @dataclass(eq=False)
@@ -206,6 +219,68 @@ class OnTheCPU(Plugin):
         u = torch.rand(len(real), generator=gan.rng(self), dtype=real.dtype).view(-1, *(1,) * (real.dim() - 1))
         x = u * real + (1 - u) * fake
         return self.term(squared_gradient_norm(critic(x, *view.real[1:]), (x,)).mean())
+
+
+class OnTheCPUInSteps(Plugin):
+    """Weights by their place, without a device, in the right dtype."""
+
+    caught_by: ClassVar[str] = "any_device"
+
+    @hookimpl
+    def pre_d_loss(self, real_logits: Tensor) -> dict[str, Tensor]:
+        weights = torch.linspace(0, 1, len(real_logits)).to(real_logits.dtype)
+        return self.term((weights * logit_per_sample(real_logits)).square().mean())
+
+
+class OnTheCPUByName(Plugin):
+    """The device of all tensors, written into the code."""
+
+    caught_by: ClassVar[str] = "any_device"
+
+    @hookimpl
+    def pre_d_loss(self, real_logits: Tensor) -> dict[str, Tensor]:
+        ones = torch.ones(len(real_logits), dtype=real_logits.dtype, device=torch.device("cpu"))
+        return self.term((ones + logit_per_sample(real_logits)).square().mean())
+
+
+CPU = torch.device("cpu")
+
+
+class OnTheCPUByAnotherName(Plugin):
+    """The same, under a name."""
+
+    caught_by: ClassVar[str] = "any_device"
+
+    @hookimpl
+    def pre_d_loss(self, real_logits: Tensor) -> dict[str, Tensor]:
+        ones = torch.ones(
+            len(real_logits),
+            dtype=real_logits.dtype,
+            device=CPU,
+        )
+        return self.term((ones + logit_per_sample(real_logits)).square().mean())
+
+
+class FromAList(Plugin):
+    """Numbers from a list; ``as_tensor`` does not know for what."""
+
+    caught_by: ClassVar[str] = "any_device"
+
+    @hookimpl
+    def pre_d_loss(self, real_logits: Tensor) -> dict[str, Tensor]:
+        weights = torch.as_tensor([0.5] * len(real_logits), dtype=real_logits.dtype)
+        return self.term((weights * logit_per_sample(real_logits)).square().mean())
+
+
+class FillsACopy(Plugin):
+    """A buffer without a device: what is copied into it comes to lie on the CPU."""
+
+    caught_by: ClassVar[str] = "any_device"
+
+    @hookimpl
+    def pre_d_loss(self, real_logits: Tensor) -> dict[str, Tensor]:
+        known = torch.empty(real_logits.shape, dtype=real_logits.dtype).copy_(real_logits.detach())
+        return self.term((known * real_logits).mean())
 
 
 class AsksForValues(Plugin):

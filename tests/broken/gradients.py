@@ -91,6 +91,26 @@ class NeverOff(Plugin):
         return {name: (self.weight or 1.0) * real_logits.square().mean()}
 
 
+class NeverActs(Plugin):
+    """It waits for a step that never comes."""
+
+    caught_by: ClassVar[str] = "terms_seen"
+
+    @hookimpl
+    def pre_d_loss(self, real_logits: Tensor, step: int) -> dict[str, Tensor] | None:
+        return self.term(real_logits.square().mean()) if step == 0 else None
+
+
+class HalfCutLater(HalfCut):
+    """The same from step 1000 on, when nobody looks any more."""
+
+    caught_by: ClassVar[str] = "derivative"
+
+    @hookimpl
+    def pre_d_loss(self, view: View, real_logits: Tensor, step: int) -> dict[str, Tensor] | None:
+        return super().pre_d_loss(view, real_logits) if step > 1000 else None
+
+
 class WeightCubed(Plugin):
     """The weight in ``grad_outputs`` and outside."""
 

@@ -158,7 +158,7 @@ class OneForAll(Plugin):
     @hookimpl
     def post_step(self, terms: dict[str, Tensor], phase: str) -> None:
         if phase == "d":
-            LATEST["average"] = terms["adv"]
+            LATEST["average"] = terms["one_for_all"]
 
     def state_dict(self) -> dict[str, Any]:
         return dict(LATEST)
@@ -193,7 +193,7 @@ class KeepsEverything(Plugin):
 
     @hookimpl
     def post_step(self, terms: dict[str, Tensor]) -> None:
-        self.history.append(terms["adv"])
+        self.history += terms.values()
 
 
 class NewParameters(Plugin):

@@ -196,3 +196,28 @@ class OnlyOurs(Plugin):
     def pre_d_loss(self, gan: GAN, view: View, real_logits: Tensor) -> dict[str, Tensor]:
         width = gan.architecture["width"]
         return self.term(squared_gradient_norm(real_logits, view.real).mean() / width)
+
+
+class RateOfTheRun(Plugin):
+    """Weighted by the rate that D would have in a run of gankit's; a loop of one's own has another."""
+
+    caught_by: ClassVar[str] = "own_loop"
+
+    @hookimpl
+    def pre_d_loss(self, gan: GAN, real_logits: Tensor) -> dict[str, Tensor]:
+        return self.term(real_logits.square().mean() * 100 * gan.optim["d"].lr)
+
+
+class NeedsTheAdversarialLoss(Plugin):
+    """Its average is of a loss that some loops keep to themselves."""
+
+    caught_by: ClassVar[str] = "own_loop"
+
+    @hookimpl
+    def pre_d_loss(self, real_logits: Tensor) -> dict[str, Tensor]:
+        return self.term(real_logits.square().mean())
+
+    @hookimpl
+    def post_step(self, terms: dict[str, Tensor], phase: str) -> None:
+        if phase == "d":
+            self.average = terms["adv"]

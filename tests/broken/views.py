@@ -31,6 +31,44 @@ class OnlyReal(View_):
         return View((self.noisy(gan, view.real[0]), *view.real[1:]), view.fake)
 
 
+class LeaksTheSide(View_):
+    """As much noise on both sides: it raises the real one and lowers the other."""
+
+    caught_by: ClassVar[str] = "view_sides_alike"
+
+    @hookimpl(wrapper=True)
+    def view(self, gan: GAN) -> Generator[None, View, View]:
+        view = yield
+        (real, *others), (fake, *fake_others) = view
+        noise = [0.1 * torch.empty_like(x).normal_(generator=gan.rng(self)).abs() for x in (real, fake)]
+        return View((real + noise[0], *others), (fake - noise[1], *fake_others))
+
+
+class NoisierFakes(View_):
+    """Half as much noise again on the generated side."""
+
+    caught_by: ClassVar[str] = "view_sides_alike"
+
+    @hookimpl(wrapper=True)
+    def view(self, gan: GAN) -> Generator[None, View, View]:
+        view = yield
+        (real, *others), (fake, *fake_others) = view
+        return View((self.noisy(gan, real), *others), (self.noisy(gan, fake / 1.5) * 1.5, *fake_others))
+
+
+class SmootherFakes(View_):
+    """As much noise on both sides, but on the generated one the same number for all of a sample."""
+
+    caught_by: ClassVar[str] = "view_sides_alike"
+
+    @hookimpl(wrapper=True)
+    def view(self, gan: GAN) -> Generator[None, View, View]:
+        view = yield
+        (real, *others), (fake, *fake_others) = view
+        one = fake.flatten(1)[:, 0].view(-1, *(1,) * (fake.dim() - 1))
+        return View((self.noisy(gan, real), *others), (fake + self.noisy(gan, one) - one, *fake_others))
+
+
 class CutsG(View_):
     """G is trained by nothing."""
 
