@@ -494,7 +494,7 @@ def explain(**given: Any) -> None:
 @click.option("--method", "methods", multiple=True, metavar="NAME", help="only this method; repeatable")
 @click.option("--data", "data", multiple=True, metavar="NAME", help="only this data set; repeatable")
 @click.option("--out", default="benches", show_default=True, help="folder that collects suites")
-@click.option("--jobs", default="auto", metavar="N|auto", help="runs at a time; auto: one per core")
+@click.option("--jobs", default="auto", metavar="N|auto", help="runs at a time; auto: as many as there are cores for")
 @click.option("--engine", default="processes", show_default=True, type=click.Choice(["processes", "ray"]), help="where")
 @click.option("--retry", is_flag=True, help="train again what failed")
 @click.option("--dry-run", is_flag=True, help="only list the runs and what there is of them")

@@ -135,6 +135,9 @@ def test_slider_and_keys_move_all_runs_together(page: Any) -> None:
     page.execute_script("document.activeElement.blur()")
     press(page, Keys.ARROW_LEFT, Keys.ARROW_LEFT)  # the page itself listens, too
     assert steps(page) == [20, 24, 20]
+    press(page, Keys.HOME, Keys.SPACE)  # but to nothing that scrolls it
+    assert steps(page) == [20, 24, 20]
+    assert page.find_element(By.ID, "play").text == "play"
     page.execute_script("const s = document.getElementById('slider'); s.value = 0; s.dispatchEvent(new Event('input'))")
     assert steps(page) == [10, 12, 10]
 
