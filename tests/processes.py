@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -57,6 +58,7 @@ def inside(folder: Path, act: Callable[..., None], *arguments: Any) -> None:
     for descriptor in (1, 2):
         os.dup2(output, descriptor)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which whoever runs the tests may ignore, as under nohup
     act(*arguments)
 
 

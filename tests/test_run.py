@@ -1,6 +1,7 @@
 """Whole runs through the command line: what they write, how they end, how they continue."""
 
 import json
+import os
 import random
 import re
 import shutil
@@ -143,15 +144,6 @@ def test_a_continued_run_equals_one_that_never_stopped(name: str) -> None:
     assert whole == continued
 
 
-def spawn(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "gankit", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 def test_a_run_killed_at_ten_random_moments_ends_in_the_same_weights() -> None:
     settings = ["--plugin", "pairwise_gp", "--batch", "16", "--width", "8", "--steps", "800", "--save-every", "10",
                 "--eval-every", "80", "--eval-samples", "50", "--keep", "3"]  # fmt: skip
@@ -176,25 +168,15 @@ def test_a_run_killed_at_ten_random_moments_ends_in_the_same_weights() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_leaves_a_resumable_run(number: signal.Signals) -> None:
-    settings = [
-        "--batch",
-        "16",
-        "--width",
-        "8",
-        "--steps",
-        "100000",
-        "--save-every",
-        "0",
-        "--eval-every",
-        "0",
-    ]
-    process = spawn("run", *settings, "--no-report", "--name", "stopped")
+    never = ["--steps", "100000", "--save-every", "0", "--eval-every", "0"]
+    process = alone("run", "--batch", "16", "--width", "8", *never, "--name", "stopped")
     while not Path("runs/stopped/stats.jsonl").exists():
-        assert process.poll() is None
+        assert process.is_alive(), Path("output").read_text()
         time.sleep(0.02)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
+    os.kill(process.pid, number)
+    process.join(60)
+    output = Path("output").read_text()
+    assert process.exitcode == 128 + number
     assert "interrupted after step" in output
     assert "gankit resume runs/stopped" in output
     (checkpoint,) = Path("runs/stopped/checkpoints").glob("step-*")
