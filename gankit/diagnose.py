@@ -164,7 +164,9 @@ def graded(value: float, levels: Levels) -> float | None:
 # -- suggestions ---------------------------------------------------------------------------------------------------
 
 # Plugins that a suggestion leaves out beside these: refused (docs/compatibility.md), or two constraints of one kind.
-CLASHES = {"gradient_penalty": ("dragan", "weight_clipping"), "spectral_norm": ("weight_clipping",)}
+CLASHES = {
+    "gradient_penalty": ("dragan", "weight_clipping"), "label_smoothing": ("veegan",), "spectral_norm": ("weight_clipping",)
+}  # fmt: skip
 TARGETS = ("non_saturating", "saturating", "least_squares")  # losses whose D has a target for a single logit
 
 # What five seeds of the ring (8 modes) and the grid (25) gave, without any: 7.4 and 16.4. tests/benchmarks/outcomes.json.
