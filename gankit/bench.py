@@ -27,7 +27,7 @@ from gankit import config as configuration
 from gankit import stops
 from gankit.config import Config
 from gankit.errors import UsageError
-from gankit.files import held, write_atomic
+from gankit.files import held, step_of, write_atomic
 from gankit.options import closest, convert
 from gankit.plugins import snake_case
 
@@ -379,10 +379,9 @@ def unpack(content: Mapping[str, bytes], folder: Path) -> None:
         (scratch / name).parent.mkdir(parents=True, exist_ok=True)
         (scratch / name).write_bytes(data)
     (scratch / "checkpoints").mkdir(parents=True, exist_ok=True)
-    steps = {int(p.name.removeprefix("step-")): p.name for p in (scratch / "checkpoints").glob("step-*")}
-    newest = steps[max(steps)] if steps else None
+    newest = max((scratch / "checkpoints").glob("step-*"), key=step_of, default=None)
     if newest:
-        (scratch / "checkpoints" / "latest").symlink_to(newest)
+        (scratch / "checkpoints" / "latest").symlink_to(newest.name)
     shutil.rmtree(folder, ignore_errors=True)
     scratch.replace(folder)
 

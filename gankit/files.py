@@ -25,6 +25,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gankit"
 
 
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint or of a picture; names of a million steps and more are longer."""
+    return int(path.stem.rpartition("-")[2])
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Give an OSError from within that names no file, as those of writing do, the name of this one."""

@@ -17,10 +17,10 @@ from gankit import figures, plane
 from gankit.config import read_toml
 from gankit.errors import UsageError
 from gankit.figures import Panel, Series, data_uri
-from gankit.files import write_atomic
+from gankit.files import step_of, write_atomic
 from gankit.plane import Array
 from gankit.provenance import metric_of
-from gankit.rundir import RunDir, step_of
+from gankit.rundir import RunDir
 from gankit.terminal import METRICS, label, shown
 
 MOST_RUNS = 24

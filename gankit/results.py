@@ -124,9 +124,9 @@ def _seconds(lines: Sequence[Mapping[str, Any]], step: int) -> float:
             break
         total += line["ms/step"] / 1000 * (min(line["step"], step) - last)
         last = line["step"]
-    return total + (
-        lines[-1]["ms/step"] / 1000 * max(0, step - last) if lines else 0.0
-    )  # as fast as up to the last line
+    if lines and last < step:  # as fast as up to the last line
+        total += lines[-1]["ms/step"] / 1000 * (step - last)
+    return total
 
 
 # -- statistics ----------------------------------------------------------------------------------------------------
@@ -207,9 +207,8 @@ def tabulate(suite: Suite, rows: Sequence[Row]) -> list[Table]:
     tables = []
     known = {row.data for row in rows if row.steps}
     for data, steps in dict.fromkeys((row.data, row.steps) for row in rows if row.steps or row.data not in known):
-        mine = [
-            row for row in rows if row.data == data and row.steps in (steps, 0)
-        ]  # 0: it failed before that was known
+        # of 0 steps: it failed before they were known
+        mine = [row for row in rows if row.data == data and row.steps in (steps, 0)]
         finished = [row for row in mine if row.status == "finished"]
         for provenance, same in _groups(finished) or [({}, [])]:
             metrics = list(dict.fromkeys(name for row in same for name in row.metrics))

@@ -31,14 +31,10 @@ import torch
 from torch import Tensor
 
 from gankit.errors import UsageError
-from gankit.files import naming, write_atomic
+from gankit.files import naming, step_of, write_atomic
 
 CHECKPOINT = re.compile(r"step-(\d+)")
-
-
-def step_of(path: Path) -> int:
-    """The step in the name of a checkpoint or of a picture; names of a million steps and more are longer."""
-    return int(path.stem.rpartition("-")[2])
+FAKES = re.compile(r"fakes-\d+\.(png|npz)")
 
 
 def to_json(value: Any) -> str:
@@ -143,7 +139,7 @@ class RunDir:
             kept = [row for row in self.rows(name) if (row["step"] or 0) <= step]
             write_atomic(self.path / name, "".join(json.dumps(row) + "\n" for row in kept))
         for picture in self.samples.glob("fakes-*.*"):
-            if step_of(picture) > step:
+            if FAKES.fullmatch(picture.name) and step_of(picture) > step:
                 picture.unlink()
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
@@ -191,7 +187,7 @@ class RunDir:
 
     def fakes(self) -> list[Path]:
         """The pictures of what G makes, oldest first."""
-        return sorted(self.samples.glob("fakes-*.png"), key=step_of)
+        return sorted((p for p in self.samples.glob("*.png") if FAKES.fullmatch(p.name)), key=step_of)
 
     def checkpoint(self, which: str | None = None) -> Path:
         """The folder of the checkpoint called "latest" or "best" or of a step; None: the best if there is one."""

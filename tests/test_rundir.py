@@ -80,7 +80,10 @@ def test_steps_of_a_million_and_more_come_last(run: RunDir) -> None:
         (run.samples / f"fakes-{step:06d}.png").touch()
     assert [path.name for path in run.steps()] == ["step-900000", "step-1000000"]
     assert run.checkpoint("latest").name == "step-1000000"
-    assert run.fakes()[-1].name == "fakes-1000000.png"
+    (run.samples / "fakes-copy.png").touch()  # of somebody's own
+    assert [path.name for path in run.fakes()] == ["fakes-900000.png", "fakes-1000000.png"]
+    run.trim(900_000)
+    assert {path.name for path in run.samples.glob("*")} == {"fakes-900000.png", "fakes-copy.png"}
     run.link("latest", run.checkpoints / "step-1000000")
     run.prune(1)
     assert [path.name for path in run.steps()] == ["step-1000000"]
