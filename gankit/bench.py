@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,12 +25,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gankit import config as configuration
-from gankit import stops
 from gankit.config import Config
 from gankit.errors import UsageError
 from gankit.files import held, step_of, write_atomic
 from gankit.options import closest, convert
 from gankit.plugins import snake_case
+from gankit.process import cores, signals
 
 FAILED = "failed.json"
 TARGETS = ("modes", "high_quality", "inception_score", "precision", "recall")  # of which more is better
@@ -56,8 +57,8 @@ class Suite:
     data, methods: settings of a run by name, as in a run's TOML file, options under "options"; plugins of all layers add up.
     seeds: how many, from ``first_seed`` on.
     steps: lengths of training, or () for what the settings say. baseline: the method the others are tested against, on the
-    same seeds. target: least values of metrics (``modes``, ``high_quality``) whose first meeting is timed. published: rows
-    of papers, each with ``data``, ``method``, ``source`` and metrics.
+    same seeds; a method's own "baseline" goes before. target: least values of metrics (``modes``, ``high_quality``) whose
+    first meeting is timed. published: rows of papers, each with ``data``, ``method``, ``source`` and metrics.
     """
 
     name: str
@@ -84,9 +85,18 @@ class Suite:
         """The target on one data set: the suite's, with what the data set says itself."""
         return {**self.target, **self.data[data].get("target", {})}
 
+    def baseline_of(self, method: str) -> str | None:
+        """The method that this one is tested against: its own baseline, else the suite's."""
+        named = self.methods[method].get("baseline", self.baseline)
+        return named if named in self.methods and named != method else None
+
     def layers(self, cell: Cell) -> tuple[dict[str, Any], ...]:
         """The tables whose settings a run has, the later over the former."""
         return self.settings, self.data[cell.data], self.methods[cell.method]
+
+    def command(self, cell: Cell) -> str:
+        """The ``gankit run`` that trains one run by itself."""
+        return shlex.join(["gankit", "run", *configuration.to_flags(replace(self.config(cell), name=None))])
 
     def plugins(self, cell: Cell) -> list[str]:
         """The plugins of a run: those of all layers."""
@@ -101,8 +111,8 @@ class Suite:
         """The configuration of one run; UsageError if the file asks for what does not exist."""
         values: dict[str, Any] = {"threads": 1}
         options: dict[str, dict[str, Any]] = {}
-        for layer in self.layers(cell):
-            values |= {key: value for key, value in layer.items() if key not in ("options", "plugin", "target")}
+        for layer, own in zip(self.layers(cell), ("", "target", "baseline"), strict=True):
+            values |= {key: value for key, value in layer.items() if key not in ("options", "plugin", own)}
             for owner, chosen in layer.get("options", {}).items():
                 options[owner] = {**options.get(owner, {}), **chosen}
         if cell.steps is not None:
@@ -141,8 +151,9 @@ def read(name: str) -> Suite:
     steps = content.pop("steps", [])
     content["steps"] = tuple(steps) if isinstance(steps, list) else (steps,)
     suite = Suite(name=path.stem, **{"title": path.stem, **content})
-    if suite.baseline and suite.baseline not in suite.methods:
-        raise UsageError(f"{path}: the baseline {suite.baseline!r} is none of its methods, {', '.join(suite.methods)}")
+    for baseline in (suite.baseline, *(method.get("baseline") for method in suite.methods.values())):
+        if baseline is not None and baseline not in suite.methods:
+            raise UsageError(f"{path}: the baseline {baseline!r} is none of its methods, {', '.join(suite.methods)}")
     for key, least in (("seeds", 1), ("first_seed", 0)):
         value = getattr(suite, key)
         if not isinstance(value, int) or value < least:
@@ -271,7 +282,7 @@ def train(config: Config, out: Path, children: Children) -> None:
     """Train one cell, or continue it; a failure is recorded in its folder. Interrupted if it was told to stop."""
     assert config.name is not None
     folder = out / config.name
-    threads = config.threads if isinstance(config.threads, int) else os.cpu_count() or 1
+    threads = config.threads if isinstance(config.threads, int) else cores()
     if state_of(folder) == "begun" and _can_continue(folder):
         arguments = ["resume", str(folder)]
     else:
@@ -439,11 +450,6 @@ def execute(
             training.close()  # type: ignore[attr-defined]
 
 
-def cores() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _can_continue(folder: Path) -> bool:
     """Whether a run has a checkpoint; one without begins anew."""
     return any(folder.glob("checkpoints/step-*"))
@@ -468,13 +474,13 @@ def _changes(config: Config, folder: Path) -> list[str]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Signals that ask for it (:mod:`gankit.stops`) end the block with Interrupted."""
+    """Signals that ask for it (:mod:`gankit.process`) end the block with Interrupted."""
 
     def handle(number: int, frame: Any) -> None:
         raise Interrupted
 
     threaded = threading.current_thread() is not threading.main_thread()
-    before = {} if threaded else {n: signal.signal(n, handle) for n in stops.signals()}
+    before = {} if threaded else {n: signal.signal(n, handle) for n in signals()}
     try:
         yield
     finally:

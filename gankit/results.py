@@ -48,7 +48,6 @@ class Row:
     truth: dict[str, float | None] = field(default_factory=dict)
     to_target: dict[str, float] | None = None
     ms_per_step: float | None = None
-    seconds: float | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
@@ -89,7 +88,6 @@ def _row(suite: Suite, cell: Cell, run: RunDir, state: str) -> Row:
         truth=summary["truth"],
         to_target=time_to_target(run.rows("metrics.jsonl")[1:], lines, suite.target_of(cell.data)),
         ms_per_step=statistics.median(line["ms/step"] for line in lines) if lines else None,
-        seconds=summary["seconds"],
         provenance={
             "protocol": suite.protocol,
             "data": {key: data[key] for key in ("name", "shape", "count", "held_out")},
@@ -156,10 +154,10 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> tuple[
     """Mean difference to the baseline over common seeds, the two-sided p of a paired permutation test, and their number.
 
     The signs of the differences are exchanged, all ways up to 13 seeds (so 10 seeds can give no p below 2/1024), else
-    10,000 random ones. None with fewer than two common seeds.
+    10,000 random ones. None with fewer than :data:`FEW` common seeds, which can give no p of 0.05.
     """
     seeds = sorted(values.keys() & baseline.keys())
-    if len(seeds) < 2:
+    if len(seeds) < FEW:
         return None
     differences = np.asarray([values[s] - baseline[s] for s in seeds])
     if not differences.any():
@@ -183,6 +181,7 @@ class Line:
     seeds: int
     failed: list[str]
     estimates: dict[str, Estimate]
+    baseline: str | None
     against: dict[str, tuple[float, float, int] | None]
     reached: int
     to_target: dict[str, float] | None
@@ -199,6 +198,7 @@ class Table:
     truth: dict[str, float]
     metrics: list[str]
     lines: list[Line]
+    baseline: str | None
     target: dict[str, float]
 
 
@@ -219,7 +219,7 @@ def tabulate(suite: Suite, rows: Sequence[Row]) -> list[Table]:
                 if any(r.method == method for r in (*same, *failed))
             ]
             truth = {name: value for row in same[:1] for name, value in row.truth.items() if value is not None}
-            tables.append(Table(data, provenance, truth, metrics, lines, suite.target_of(data)))
+            tables.append(Table(data, provenance, truth, metrics, lines, suite.baseline, suite.target_of(data)))
     return tables
 
 
@@ -241,13 +241,16 @@ def _groups(rows: Sequence[Row]) -> list[tuple[dict[str, Any], list[Row]]]:
 
 def _line(suite: Suite, method: str, steps: int, mine: list[Row], same: list[Row], failed: list[Row]) -> Line:
     estimates, against = {}, {}
-    base = [row for row in same if row.method == suite.baseline]
+    baseline, ended = suite.baseline_of(method), len(mine) + sum(row.method == method for row in failed)
+    # seeds that failed would have been the worst: a test of the others is none
+    tested = not any(row.method in (method, baseline) for row in failed)
+    base = [row for row in same if row.method == baseline and tested]
     for name in dict.fromkeys(name for row in mine for name in row.metrics):
         found = {row.seed: value for row in mine if (value := row.metrics.get(name)) is not None}
         if not found:
             continue
         estimates[name] = estimate([found[seed] for seed in sorted(found)])
-        if method != suite.baseline and base:
+        if base:
             against[name] = paired(found, {r.seed: v for r in base if (v := r.metrics.get(name)) is not None})
     reached = [row.to_target for row in mine if row.to_target]
     times = [row.ms_per_step for row in mine if row.ms_per_step is not None]
@@ -258,12 +261,20 @@ def _line(suite: Suite, method: str, steps: int, mine: list[Row], same: list[Row
         seeds=len(mine),
         failed=[f"seed {row.seed}: {row.reason}" for row in failed if row.method == method],
         estimates=estimates,
+        baseline=baseline,
         against=against,
         reached=len(reached),
-        to_target={key: statistics.median(r[key] for r in reached) for key in ("step", "seconds")} if reached else None,
+        to_target=_typical(reached, ended),
         ms_per_step=statistics.median(times) if times else None,
         published=[p for p in suite.published if p["data"] == data and p["method"] == method],
     )
+
+
+def _typical(reached: Sequence[Mapping[str, float]], ended: int) -> dict[str, float] | None:
+    """Median step and seconds over all runs that ended, where those that did not reach the target took for ever."""
+    never = [math.inf] * (ended - len(reached))
+    found = {key: statistics.median([*(r[key] for r in reached), *never]) for key in ("step", "seconds") if ended}
+    return found if found and all(map(math.isfinite, found.values())) else None
 
 
 HEADLINE = (
@@ -279,6 +290,7 @@ HEADLINE = (
     "recall",
     "ivom",
     "reconstruction_error",
+    "energy_distance",
     "sliced_wasserstein",
 )
 
@@ -286,7 +298,7 @@ HEADLINE = (
 def chosen(table: Table) -> list[str]:
     """The metrics a table shows: the known ones that are there, in the order of :data:`HEADLINE`.
 
-    Distances that need no modes only stand where no modes are known.
+    One distance is enough where modes are known.
     """
     known = {metric_of(name): name for name in table.metrics}
     return [known[name] for name in HEADLINE if name in known and not (name == HEADLINE[-1] and "modes" in known)]
@@ -299,10 +311,11 @@ def cells_of(table: Table, brief: bool = False) -> tuple[list[str], list[list[st
     header = ["method", *map(label, metrics), *(["target"] if timed else []), "ms/step" if brief else "ms per step"]
     body = [["*true data*", *(shown(name, table.truth.get(name)) for name in metrics), *([""] if timed else []), ""]]
     for line in table.lines:
-        row = [f"`{line.method}`"] if brief else [f"`{line.method}` ({line.seeds} seed{'s' * (line.seeds != 1)})"]
+        of = f"{line.seeds} of {line.seeds + len(line.failed)}" if line.failed else f"{line.seeds}"
+        row = [f"`{line.method}`"] if brief else [f"`{line.method}` ({of} seed{'s' * (of != '1')})"]
         for name in metrics:
             found = line.estimates.get(name)
-            row.append("-" if found is None else _estimate(name, found, line, brief))
+            row.append("-" if found is None else _estimate(name, found, line, table.baseline, brief))
         if timed:
             reached = f"{line.reached} of {line.seeds + len(line.failed)}"
             if line.to_target and not brief:
@@ -317,18 +330,20 @@ def cells_of(table: Table, brief: bool = False) -> tuple[list[str], list[list[st
     return header, body
 
 
-def _estimate(name: str, found: Estimate, line: Line, brief: bool) -> str:
+def _estimate(name: str, found: Estimate, line: Line, usual: str | None, brief: bool) -> str:
     text = shown(name, found.mean) if metric_of(name) != "modes" else f"{found.mean:.1f}"
     if brief:
         return text
-    if found.n > 1:
+    if found.n > 1 and found.low == found.high:
+        text += " on each"
+    elif found.n > 1:
         low, high = (f"{v:.1f}" if metric_of(name) == "modes" else shown(name, v) for v in found[1:3])
         text += f" [{low}, {high}]" if found.n >= FEW else f" ({low} to {high})"
     if found.n < line.seeds:
         text += f" of {found.n}"
     test = line.against.get(name)
     if test:
-        text += f", p = {test[1]:.2g}"
+        text += f", p = {test[1]:.2g}" + (f" against `{line.baseline}`" if line.baseline != usual else "")
     return text
 
 
@@ -352,6 +367,12 @@ def markdown(suite: Suite, rows: Sequence[Row], pictures: Mapping[str, str] | No
         parts.append("\n".join([_md(header), _md(["---"] * len(header)), *map(_md, body)]))
         parts += [f"`{line.method}` failed: {'; '.join(line.failed)}." for line in table.lines if line.failed]
     parts.append(legend(suite))
+    cells = (cell for cell in suite.cells() if cell.seed == suite.first_seed)
+    commands = "\n".join(f"# {cell.data}, {cell.method}\n{suite.command(cell)}" for cell in cells)
+    parts.append(
+        f"`gankit bench {suite.name} --method NAME --seeds 1` repeats the first seed of a line. So does, by itself:\n\n"
+        f'<details markdown="1">\n<summary>gankit run ... of each line</summary>\n\n```\n{commands}\n```\n\n</details>'
+    )
     for data, address in (pictures or {}).items():
         parts.append(f"What the first seed of each method makes on {data} in the end:")
         parts.append(f"![samples of each method on {data}]({address})")
@@ -379,12 +400,13 @@ def _md(row: Iterable[str]) -> str:
 def legend(suite: Suite) -> str:
     """What the numbers of a table are."""
     text = (
-        f"Mean over seeds and its 95 % bootstrap interval; of fewer than {FEW}, which give none, the lowest and the highest "
-        "in parentheses."
+        f"Mean over seeds and its nominal 95 % bootstrap interval; of fewer than {FEW}, which give none, the lowest and the "
+        'highest in parentheses; "on each": all seeds have this value.'
     )
     if suite.baseline:
         text += (
-            f" p: paired permutation test against `{suite.baseline}` on the same seeds, not corrected for many methods."
+            f" p: paired permutation test against `{suite.baseline}` on the same {FEW} seeds or more, not corrected for "
+            "many methods."
         )
     goals = {data: target for data in suite.data if (target := suite.target_of(data))}
     if goals:
@@ -392,7 +414,10 @@ def legend(suite: Suite) -> str:
             ", ".join(f"{label(name)} at least {shown(name, value)}" for name, value in target.items()) + f" on {data}"
             for data, target in goals.items()
         )
-        text += f" Target: runs with an evaluation of {each}; median step and training seconds of the first."
+        text += (
+            f" Target: runs with an evaluation of {each}; step and training seconds of the first, as a median over all "
+            "runs, so where more than half of them have one."
+        )
     if suite.published:
         text += " Rows without seeds are the papers' own figures."
     return text

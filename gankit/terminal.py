@@ -43,7 +43,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "worst_share_ratio": ("worst share, times off", "{:.2f}"),
     "rare_share": ("share of rare modes", "{:.1%}"),
     "sliced_wasserstein": ("sliced Wasserstein", "{:.4f}"),
-    "energy_distance": ("energy distance", "{:.5f}"),
+    "energy_distance": ("energy distance", "{:.3g}"),
     "inception_score": ("Inception score", "{:.3f}"),
     "fid": ("FID", "{:.3f}"),
     "kid": ("KID", "{:.5f}"),

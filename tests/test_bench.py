@@ -6,7 +6,9 @@ import itertools
 import json
 import math
 import os
+import re
 import runpy
+import shlex
 import shutil
 import signal
 import statistics
@@ -27,9 +29,11 @@ from processes import CONTEXT, command, inside
 from rich.console import Console
 
 from gankit import UsageError, bench, protocols, results
-from gankit.cli import main
+from gankit.cli import main, read_settings
+from gankit.config import Config
 from gankit.files import held, write_atomic
 from gankit.losses import make
+from gankit.options import options_of
 from gankit.plugins import create
 from gankit.provenance import metric_of
 from gankit.results import Row
@@ -150,6 +154,8 @@ def test_settings_go_from_all_to_one() -> None:
         (("seeds = 2", "seed = 2"), "did you mean 'seeds'"),
         (('protocol = "of a test"', ""), "needs 'protocol'"),
         (('baseline = "none"', 'baseline = "nothing"'), "none of its methods"),
+        (("[methods.none]", '[methods.none]\nbaseline = "nothing"'), "none of its methods"),
+        (("[data.ring]", '[data.ring]\nbaseline = "none"'), "no setting 'baseline'"),
         (("seeds = 2", "seeds = 0"), "from 1 on"),
         (("seeds = 2", "seeds = 2\nfirst_seed = -1"), "first_seed must be a whole number from 0 on"),
         (("width = 8", "widht = 8"), "did you mean 'width'"),
@@ -358,21 +364,22 @@ def test_the_interval_holds_the_mean_and_shrinks() -> None:
 
 
 def test_the_paired_test_counts_all_signs() -> None:
-    a = {0: 0.5, 1: 0.7, 2: 0.6, 3: 0.9, 4: 0.4, 9: 5.0}
-    b = {0: 0.4, 1: 0.8, 2: 0.3, 3: 0.5, 4: 0.35, 8: -5.0}
-    d = [a[s] - b[s] for s in range(5)]
+    a = {0: 0.5, 1: 0.7, 2: 0.6, 3: 0.9, 4: 0.4, 5: 0.6, 9: 5.0}
+    b = {0: 0.4, 1: 0.8, 2: 0.3, 3: 0.5, 4: 0.35, 5: 0.4, 8: -5.0}
+    d = [a[s] - b[s] for s in range(6)]
     means = [
         statistics.fmean(sign * x for sign, x in zip(signs, d, strict=True))
-        for signs in itertools.product((1, -1), repeat=5)
+        for signs in itertools.product((1, -1), repeat=6)
     ]
     observed = statistics.fmean(d)
-    low = sum(m <= observed + 1e-12 for m in means) / 32
-    high = sum(m >= observed - 1e-12 for m in means) / 32
+    low = sum(m <= observed + 1e-12 for m in means) / 64
+    high = sum(m >= observed - 1e-12 for m in means) / 64
     found = results.paired(a, b)
-    assert found is not None and found[2] == 5
+    assert found is not None and found[2] == 6
     assert math.isclose(found[0], observed) and math.isclose(found[1], min(1.0, 2 * min(low, high)))
-    assert results.paired(a, a) == (0.0, 1.0, 6)
-    assert results.paired({0: 1.0}, {0: 2.0}) is None
+    assert results.paired(a, a) == (0.0, 1.0, 7)
+    del a[0]
+    assert results.paired(a, b) is None  # five pairs of signs give no p below 1/16
 
 
 def test_time_to_target_is_the_first_evaluation_that_holds_all() -> None:
@@ -403,9 +410,33 @@ def test_rows_of_other_provenance_are_never_compared(finished: tuple[bench.Suite
     assert [[line.method for line in table.lines] for table in tables] == [["none"], ["r1"]]
     assert all(not line.against for table in tables for line in table.lines)
     assert "Only comparable within this table: gankit 2." in results.markdown(suite, rows)
-    (table,) = results.tabulate(suite, [row("none", 0, 0.1), row("none", 1, 0.2), row("r1", 0, 0.5), row("r1", 1, 0.6)])
+    rows = [row(method, seed, 0.1 * seed + 0.4 * (method == "r1")) for seed in range(6) for method in ("none", "r1")]
+    (table,) = results.tabulate(suite, rows)
     test = table.lines[1].against["high_quality"]
     assert test is not None and math.isclose(test[0], 0.4)
+    assert ", p = 0.031 |" in results.markdown(suite, rows)  # 2 / 2^6
+    other = replace(suite, methods={**suite.methods, "none": {"baseline": "r1"}})
+    assert [line.baseline for line in results.tabulate(other, rows)[0].lines] == ["r1", "none"]
+    assert "p = 0.031 against `r1` |" in results.markdown(other, rows)
+    rows.append(replace(row("r1", 6, 0.0), status="failed", reason="it diverged", metrics={}))
+    assert not results.tabulate(suite, rows)[0].lines[1].against  # the seed that is missing would be the worst
+
+
+def test_the_time_to_a_target_counts_the_runs_that_never_reach_it(finished: tuple[bench.Suite, Path]) -> None:
+    suite, _ = finished
+    steps: list[int | None] = [5, None, 9, None, 7]
+    reached = [None if step is None else {"step": step, "seconds": step / 10} for step in steps]
+    rows = [replace(row("r1", s, 0.5), to_target=found) for s, found in enumerate(reached)]
+    line = results.tabulate(suite, rows)[0].lines[0]
+    assert (line.reached, line.to_target) == (3, {"step": 9, "seconds": 0.9})  # the third of 5, 7, 9, never, never
+    rows[2].to_target = None
+    line = results.tabulate(suite, rows)[0].lines[0]
+    assert (line.reached, line.to_target) == (2, None)
+
+
+def test_seeds_that_agree_have_no_interval(finished: tuple[bench.Suite, Path]) -> None:
+    suite, _ = finished
+    assert "| 50.0% on each |" in results.markdown(suite, [row("r1", seed, 0.5) for seed in range(7)])
 
 
 def test_rows_made_by_two_versions_of_a_plugin_are_never_compared(finished: tuple[bench.Suite, Path]) -> None:
@@ -435,6 +466,7 @@ def test_a_mean_says_of_how_many_it_is_and_what_failed_reached_nothing(finished:
     header, body = results.cells_of(table)
     cells = dict(zip(header, body[1], strict=True))
     assert cells["high quality"].endswith("] of 8") and cells["target"].startswith("9 of 10,")
+    assert cells["method"] == "`r1` (9 of 10 seeds)"
     assert table.lines[0].failed == ["seed 9: gone"]
     few = results.cells_of(results.tabulate(suite, [row("r1", s, 0.25 * s) for s in range(3)])[0])[1][1]
     assert "25.0% (0.0% to 50.0%)" in few
@@ -525,7 +557,8 @@ plugin = ["bigan"]
     assert [row.reason for row in rows] == ["", ""]
     (table,) = results.tabulate(suite, rows)
     names = [metric_of(name) for name in results.chosen(table)]
-    assert names == ["fid", "kid", "precision", "recall", "ivom", "reconstruction_error", "sliced_wasserstein"]
+    distances = ["energy_distance", "sliced_wasserstein"]
+    assert names == ["fid", "kid", "precision", "recall", "ivom", "reconstruction_error", *distances]
     header, body = results.cells_of(table)
     place = next(i for i, name in enumerate(header) if name.startswith("reconstruction error"))
     assert {row[0]: row[place] == "-" for row in body[1:]} == {"`none` (1 seed)": True, "`bigan` (1 seed)": False}
@@ -639,13 +672,36 @@ def test_the_first_table_of_the_page_has_the_means_and_the_best_paper() -> None:
     made = runpy.run_path(str(ROOT / "docs" / "results" / "make.py"))
     _, rows = results.load(ROOT / "docs" / "results" / "ring.json")
     (line,) = [line for line in made["page"]().splitlines() if line.startswith("| [ring](")]
-    for method, cell in zip(("none", "r3gan"), (line.split(" | ")[i] for i in (1, 3)), strict=True):
+    for method, cell in zip(("none", "r3gan"), (line.split(" | ")[i] for i in (1, 2)), strict=True):
         mine = [row.metrics for row in rows if row.method == method]
         modes, quality, kl = (
             statistics.fmean(m[name] or 0.0 for m in mine) for name in ("modes", "high_quality", "reverse_kl")
         )
         assert cell == f"`{method}`, {len(mine)} seeds: {modes:.4g} modes, {quality:.1%}, KL {kl:.4f}"
-    assert line.split(" | ")[2] == "PacGAN2 in PacGAN, table 1: 7.9 modes, 95.6%, KL 0.0700"
+    assert line.split(" | ")[4] == "PacGAN2 in PacGAN, table 1: 7.9 modes, 95.6%, KL 0.0700 |"
+
+
+def test_the_commands_below_a_table_train_its_lines() -> None:
+    for path in sorted((ROOT / "docs" / "results").glob("*.json")):
+        suite, rows = results.load(path)
+        text = results.markdown(suite, rows)
+        commands = re.findall(r"^(gankit run .*)$", text, re.MULTILINE)
+        cells = [cell for cell in suite.cells() if cell.seed == 0]
+        assert len(commands) == len(cells)
+        for command, cell in zip(commands, cells, strict=True):
+            flags = main.commands["run"].make_context("run", shlex.split(command)[2:]).params  # type: ignore[attr-defined]
+            own = {key: flags.pop(key) for key in ("dry_run", "reported", "as_json")}
+            assert set(own.values()) == {False, True}
+            typed, meant = read_settings(flags), replace(suite.config(cell), name=None)
+            assert replace(typed, options={}) == replace(meant, options={})
+            assert set_up(typed) == set_up(meant)
+
+
+def set_up(config: Config) -> dict[str, dict[str, Any]]:
+    """The options that plugins get."""
+    assert "loss" not in config.options
+    made, _ = create(config.plugin, config.options)
+    return {name: {key: getattr(plugin, key) for key in options_of(type(plugin))} for name, plugin in made.items()}
 
 
 def test_rows_are_added_to_published_ones(tmp_path: Path) -> None:
