@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from gankit.errors import UsageError
-from gankit.options import build, closest, options_of
+from gankit.options import build, closest, convert, options_of
 
 LossName = Literal[
     "non_saturating",
@@ -79,7 +79,7 @@ class Config:
     decay_from: Annotated[float | None, "share of the steps after which both rates fall linearly; 1: never"] = None
     decay_to: Annotated[float | None, "share of the rates that is left at the end"] = None
 
-    seed: Annotated[int, "same seed, same machine, same bits"] = 0
+    seed: Annotated[int, "same seed, same machine, same bits (on a CPU)"] = 0
     device: Annotated[Device, "auto: cuda if there is one"] = "auto"
     threads: Annotated[int | Literal["auto"], "CPU threads; auto: by the work in one update"] = "auto"
 
@@ -89,7 +89,9 @@ class Config:
     eval_every: Annotated[
         int | None, "steps between evaluations and sample pictures; 0: at the end only  [a tenth of the steps]"
     ] = None
-    save_every: Annotated[int | None, "steps between checkpoints; 0: at the end only  [a tenth of the steps]"] = None
+    save_every: Annotated[
+        int | None, "steps between checkpoints, beside the best evaluation's and the last  [a tenth of the steps]"
+    ] = None
     eval_samples: Annotated[int | None, "generated samples per evaluation"] = None
     keep: Annotated[int, "latest checkpoints to keep, besides the best"] = 2
 
@@ -172,7 +174,10 @@ def make(values: Mapping[str, Any], options: Mapping[str, Mapping[str, Any]]) ->
             names = [name for name in known if name != "options"]
             raise UsageError(f"there is no setting {key!r}{closest(key, names)}; see gankit run --help")
     config: Config = build(Config, dict(values), "setting")
-    return replace(config, options={name: dict(chosen) for name, chosen in options.items()})
+    found = {name: dict(chosen) for name, chosen in options.items()}
+    if "loss" in found:  # its options are numbers, whatever the loss
+        found["loss"] = {name: convert(value, float, f"loss.{name}") for name, value in found["loss"].items()}
+    return replace(config, options=found)
 
 
 def parse_toml(path: Path, what: str) -> dict[str, Any]:
@@ -209,6 +214,27 @@ def _toml(value: Any) -> str:
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def to_flags(config: Config) -> list[str]:
+    """The words after ``gankit run`` that ask for this configuration; what is the default is left out, but for the data."""
+    words: list[str] = []
+    for f in fields(config):
+        value, flag = getattr(config, f.name), f"--{f.name.replace('_', '-')}"
+        if f.name == "options" or (value == f.default and f.name != "data"):
+            continue
+        if value is True:
+            words.append(flag)
+        else:
+            words += [word for one in (value if isinstance(value, tuple) else [value]) for word in (flag, _typed(one))]
+    chosen = [(owner, name, value) for owner, table in config.options.items() for name, value in table.items()]
+    return [*words, *(w for owner, name, value in chosen for w in ("-o", f"{owner}.{name}={_typed(value)}"))]
+
+
+def _typed(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(_typed, value))
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
 
 def plain(config: Config) -> dict[str, Any]:

@@ -211,8 +211,10 @@ class Together:
             self.began = True
         return critic
 
-    @hookimpl
-    def post_step(self, gan: GAN, phase: str) -> None:
-        """Wait for process 0, which evaluates; then agree on whether to save and to stop."""
+    @hookimpl(wrapper=True, tryfirst=True)
+    def post_step(self, gan: GAN, phase: str) -> Generator[None, Any, Any]:
+        """After all plugins: wait for process 0, which evaluates; then agree on whether to save and to stop."""
+        done = yield
         if phase == "g":
             gan.stop, self.evaluator.improved = self.team.any(gan.stop or self.stop, self.evaluator.improved)
+        return done

@@ -398,7 +398,7 @@ class GAN:
         stateful = {name: plugin for name, plugin in self.manager.list_name_plugin() if hasattr(plugin, "state_dict")}
         own = {
             "rngs": {name: rng.get_state() for name, rng in self.rngs.items()},
-            "global_rngs": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
+            "global_rngs": [torch.get_rng_state(), *(torch.cuda.get_rng_state(gpu) for gpu in self._gpus())],
             "plugins": {name: plugin.state_dict() for name, plugin in stateful.items()},
         }
         return {
@@ -407,6 +407,10 @@ class GAN:
             **own,
             **({"others": self.team.gathered(own)[1:]} if self.team.size > 1 else {}),
         }
+
+    def _gpus(self) -> list[torch.device]:
+        """The GPU it trains on, if it does."""
+        return [self.device] if self.device.type == "cuda" else []
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Undo :meth:`state_dict` in a GAN built in the same way."""
@@ -418,7 +422,8 @@ class GAN:
             self.stream(name).set_state(value.cpu())  # states are set from the CPU, and loading may have mapped them
         cpu, *gpus = (value.cpu() for value in own["global_rngs"])
         torch.set_rng_state(cpu)
-        torch.cuda.set_rng_state_all(gpus)
+        for gpu, value in zip(self._gpus(), gpus, strict=True):
+            torch.cuda.set_rng_state(value, gpu)
         for name, value in own["plugins"].items():
             plugin: Any = self.manager.get_plugin(name)
             plugin.load_state_dict(value)

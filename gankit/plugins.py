@@ -100,8 +100,12 @@ def _from_code(spec: str) -> Source:
     factory, origin = load_object(spec)
     name = snake_case(spec.rpartition(":")[2])
     path = Path(inspect.getfile(sys.modules[factory.__module__])) if inspect.isclass(factory) else origin
-    version = hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path else "0"
-    return Source(name, _checked_class(factory, spec), spec.rpartition(":")[0], version)
+    return Source(name, _checked_class(factory, spec), spec.rpartition(":")[0], version_of(path))
+
+
+def version_of(path: Path | None) -> str:
+    """What tells one state of a file of code from another: twelve hexadecimal digits of its SHA-256."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path else "0"
 
 
 def snake_case(name: str) -> str:
@@ -115,6 +119,8 @@ def load_object(spec: str) -> tuple[Any, Path | None]:
     A file is loaded under its own stem. Modules are found as Python finds them, the current folder included.
     """
     where, _, attribute = spec.rpartition(":")
+    if not where.strip(".") or (where.startswith(".") and not where.endswith(".py")) or not attribute:
+        raise UsageError(f"{spec!r} names no object: give file.py:name or module:name")
     if where.endswith(".py"):
         path = Path(where).expanduser().resolve()
         if not path.is_file():
@@ -127,6 +133,8 @@ def load_object(spec: str) -> tuple[Any, Path | None]:
             module = importlib.import_module(where)
         except ImportError as error:
             raise UsageError(f"cannot import {where!r} for {spec!r}: {error}") from error
+        except Exception as error:
+            raise UsageError(f"{where!r} for {spec!r} cannot be imported: {type(error).__name__}: {error}") from error
     if not hasattr(module, attribute):
         names = [name for name in vars(module) if not name.startswith("_")]
         raise UsageError(f"{where} has no {attribute!r}{closest(attribute, names)}")

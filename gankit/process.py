@@ -1,7 +1,8 @@
-"""The signals that ask for an end: what is running saves first."""
+"""What a process gets from the system: the signals that ask for an end, and the cores it may use."""
 
 from __future__ import annotations
 
+import os
 import signal
 
 
@@ -12,3 +13,8 @@ def signals() -> list[int]:
     if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:
         found.append(hangup)
     return found
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

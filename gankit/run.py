@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import platform
 import signal
 import sys
@@ -22,7 +21,7 @@ import safetensors.torch
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from gankit import __version__, losses, networks, pictures, plane, stops
+from gankit import __version__, losses, networks, pictures, plane
 from gankit import config as configuration
 from gankit import data as datasets
 from gankit.config import Config, Device
@@ -30,10 +29,11 @@ from gankit.data import Dataset
 from gankit.diagnose import Finding, Record, Watch, diagnose
 from gankit.distributed import Together, team
 from gankit.errors import Diverged, UsageError
-from gankit.files import held, write_atomic
+from gankit.files import held, step_of, write_atomic
 from gankit.gan import GAN, Latent, Optim, derive_seed
 from gankit.loop import train
-from gankit.plugins import Source, available, create, find, load_object
+from gankit.plugins import Source, available, create, find, load_object, version_of
+from gankit.process import cores, signals
 from gankit.rundir import Elsewhere, RunDir
 from gankit.sampler import Sampler
 from gankit.signals import Signals
@@ -114,7 +114,12 @@ def choose_threads(gan: GAN) -> int:
         gan.discriminator(*gan.first_view().real)
     gan.discriminator.train()
     many = counter.get_total_flops() / 2 > WORTH_THREADS
-    return max(1, min((os.cpu_count() or 1) // gan.team.here, 8)) if many else 1
+    return max(1, min(cores() // gan.team.here, 8)) if many else 1
+
+
+def code_of(spec: str) -> str:
+    """The state of the file that a factory of networks lies in; of gankit's own, its version."""
+    return __version__ if spec.startswith("gankit.") else version_of(load_object(spec)[1])
 
 
 def assemble(config: Config, shape: tuple[int, ...], core: Mapping[str, object]) -> tuple[GAN, list[Source]]:
@@ -173,18 +178,20 @@ class Session:
         self.stats = Stats(config.log_every, self.log)
         self.evaluator = Evaluator(run, self.data, config.eval_every, config.steps, self.stats, Watch(run, reporter))
         self.saver = Saver(run, self.evaluator, config.save_every, config.steps, config.keep, self.stats)
+        self.decay = LinearDecay(config.decay_from, config.steps, config.decay_to)
         self.together = Together(self.team, self.evaluator)
         core = {
             "data": sampler,
             "averaging": Averaging(config.ema),
-            "decay": LinearDecay(config.decay_from, config.steps, config.decay_to),
+            "decay": self.decay,
             "stats": self.stats,
             "metrics": self.metrics,
             "signals": Signals(self.data, partial(run.append, "signals.jsonl")),
             "reporter": reporter,
-            **({"evaluator": self.evaluator} if self.team.rank == 0 else {}),
-            **({"team": self.together} if self.team.size > 1 else {}),
+            # these wrap all the others, and the first named is the last to act
             "saver": self.saver,
+            **({"team": self.together} if self.team.size > 1 else {}),
+            **({"evaluator": self.evaluator} if self.team.rank == 0 else {}),
         }
         self.gan, sources = assemble(config, data.shape, core)
         self.gan.next_real, self.gan.team = sampler, self.team
@@ -200,6 +207,8 @@ class Session:
         self.saver.facts = {
             "config": configuration.plain(self.config),
             "plugins": self.plugins,
+            "networks": {spec: code_of(spec) for spec in (config.generator, config.discriminator) if spec},
+            "data": data.sketch(),
             "gankit": __version__,
             "processes": self.team.size,
         }
@@ -225,20 +234,23 @@ class Session:
         record_provenance(self.gan, run)
 
     def restore(self) -> None:
-        """Continue from the latest checkpoint; UsageError when settings or plugins are not what they were.
+        """Continue from the latest checkpoint; UsageError when settings, plugins or data are not what they were.
 
         Only the end may be another: a run is given more steps in its configuration, and may be killed before it saves again.
         """
         state, weights = self.team.led(self._checkpoint)
         self.gan.load_weights(weights)
         self.gan.load_state_dict(state)
+        if state["facts"]["config"]["steps"] != self.steps:
+            self.decay.set_rates(self.gan, self.gan.step)
         self.run.trim(self.gan.step)
+        self.run.link_best(self.evaluator.at)
         self.saver.saved = self.gan.step
 
     def _checkpoint(self) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
         checkpoint = self.run.checkpoint("latest")
         state = self.run.load_state(checkpoint)
-        changed = configuration.differences({"processes": 1, **state["facts"]}, self.saver.facts)
+        changed = configuration.differences(state["facts"], self.saver.facts)
         changed = [change for change in changed if not change.startswith("config.steps:")]
         if changed:
             raise UsageError(
@@ -272,6 +284,8 @@ class Session:
     def _conclude(self, seconds: float, signal: int | None) -> Result:
         """Record how training ended."""
         truth, *evaluations = self.run.rows("metrics.jsonl")
+        lines = self.run.rows("stats.jsonl")
+        before = self.run.read_json("summary.json")["seconds"] if (self.run.path / "summary.json").exists() else 0.0
         result = Result(
             run=self.run,
             status="finished" if self.gan.step >= self.steps else "interrupted",
@@ -279,8 +293,8 @@ class Session:
             steps=self.steps,
             metrics={k: v for k, v in evaluations[-1].items() if k != "step"} if evaluations else {},
             truth={k: v for k, v in truth.items() if k != "step"},
-            stats=self.stats.last,
-            seconds=seconds,
+            stats=lines[-1] if lines else {},
+            seconds=before + seconds,
             plugins=list(self.plugins),
             signal=signal,
             findings=diagnose(Record.read(self.run)).findings,
@@ -320,7 +334,7 @@ def _cuda_clock() -> float:
 
 @contextmanager
 def stoppable(stopping: GAN | Together) -> Iterator[list[int]]:
-    """Signals that ask for it (:mod:`gankit.stops`) end training after the running step. Yields those received.
+    """Signals that ask for it (:mod:`gankit.process`) end training after the running step. Yields those received.
 
     A second one aborts, but not in a team: there it comes by itself, from the terminal and from torchrun.
     """
@@ -334,7 +348,7 @@ def stoppable(stopping: GAN | Together) -> Iterator[list[int]]:
 
     before: dict[int, Any] = {}
     with suppress(ValueError):  # outside the main thread the caller looks after signals
-        before = {number: signal.signal(number, handle) for number in stops.signals()}
+        before = {number: signal.signal(number, handle) for number in signals()}
     try:
         yield received
     finally:
@@ -400,6 +414,14 @@ def _unfinished(run: RunDir, steps: int | None) -> Config:
     # one of fewer steps is of before it was continued, and killed
     if steps is None and ended and ended["status"] == "finished" and ended["steps"] >= config.steps:
         raise UsageError(f"{run.path} has finished its {config.steps} steps: give --steps to go on")
+    reached = step_of(run.checkpoint("latest"))
+    if steps is not None and steps < reached:
+        raise UsageError(f"{run.path} is at step {reached:,} already: --steps takes the number of steps in all")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            f"{run.path} was trained on a GPU, and none is available to this torch: continue it where there is one; sample, "
+            "evaluate and export work here, with --device cpu"
+        )
     return replace(config, steps=steps or config.steps)
 
 

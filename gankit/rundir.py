@@ -134,13 +134,15 @@ class RunDir:
         return found
 
     def trim(self, step: int) -> None:
-        """Forget what was recorded after ``step``, for a run that continues from there."""
+        """Forget what was recorded after ``step``, for a run that continues from there, and what a kill left unfinished."""
         for name in ("stats.jsonl", "metrics.jsonl", "signals.jsonl"):
             kept = [row for row in self.rows(name) if (row["step"] or 0) <= step]
             write_atomic(self.path / name, "".join(json.dumps(row) + "\n" for row in kept))
         for picture in self.samples.glob("fakes-*.*"):
             if FAKES.fullmatch(picture.name) and step_of(picture) > step:
                 picture.unlink()
+        for torn in self.checkpoints.glob(".step-*"):
+            shutil.rmtree(torn, ignore_errors=True)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -174,12 +176,20 @@ class RunDir:
         temporary.symlink_to(target.name)
         temporary.replace(self.checkpoints / name)
 
+    def link_best(self, step: int) -> None:
+        """Point ``best`` to the checkpoint of a step, if it is there: a kill may have come between it and its link."""
+        if (best := self.checkpoints / f"step-{step:06d}").exists():
+            self.link("best", best)
+
     def prune(self, keep: int) -> None:
-        """Delete all but the ``keep`` latest checkpoints and the best."""
+        """Delete all but the ``keep`` latest checkpoints and the best; under its name, each is whole or gone."""
         protected = {os.path.realpath(self.checkpoints / name) for name in ("latest", "best")}
         for old in self.steps()[:-keep]:
             if os.path.realpath(old) not in protected:
-                shutil.rmtree(old)
+                torn = old.with_name(f".{old.name}.old")
+                shutil.rmtree(torn, ignore_errors=True)
+                old.replace(torn)
+                shutil.rmtree(torn)
 
     def steps(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
@@ -218,7 +228,7 @@ class Elsewhere(RunDir):
 
     def _nothing(self, *_: Any, **__: Any) -> None: ...
 
-    write_json = append = trim = save = link = prune = _nothing  # type: ignore[assignment]
+    write_json = append = trim = save = link = link_best = prune = _nothing  # type: ignore[assignment]
 
 
 def _sync(folder: Path) -> None:

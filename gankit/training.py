@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -29,20 +29,24 @@ class Averaging:
     """An exponential moving average of G: theta_ema <- decay theta_ema + (1 - decay) theta after every step.
 
     The decay is min(decay, step / (step + 10)), so that the first average is not the initial network. Floating buffers
-    (batch-norm statistics) are averaged alike, others copied. ``decay = 0`` keeps no average.
+    (batch-norm statistics) are averaged alike; others, and those that hold infinities (masks), are copied. ``decay = 0``
+    keeps no average.
     """
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
 
-    @hookimpl(trylast=True)
-    def setup(self, gan: GAN) -> None:
-        """Start from a copy of the generator as plugins have set it up."""
+    @hookimpl(wrapper=True, tryfirst=True)
+    def setup(self, gan: GAN) -> Generator[None, Any, Any]:
+        """Start from a copy of the generator as plugins have set it up, the last of them, too."""
+        done = yield
         if self.decay:
             gan.averages["generator"] = copy.deepcopy(gan.generator).requires_grad_(False)
             pairs = list(zip(_tensors(gan.averages["generator"]), _tensors(gan.generator), strict=True))
-            self.averaged = [(a, b) for a, b in pairs if a.is_floating_point()]
-            self.copied = [(a, b) for a, b in pairs if not a.is_floating_point()]
+            moving = [a.is_floating_point() and bool(a.isfinite().all()) for a, _ in pairs]
+            self.averaged = [pair for pair, moves in zip(pairs, moving, strict=True) if moves]
+            self.copied = [pair for pair, moves in zip(pairs, moving, strict=True) if not moves]
+        return done
 
     @hookimpl
     @torch.no_grad()
@@ -72,9 +76,13 @@ class LinearDecay:
     @hookimpl
     def post_step(self, gan: GAN, phase: str, step: int) -> None:
         """Set the rates of the next step."""
-        if phase == "d" or step <= self.start:
-            return
-        factor = self.end + (1 - self.end) * (self.steps - step) / (self.steps - self.start)
+        if phase == "g" and step > self.start:
+            self.set_rates(gan, step)
+
+    def set_rates(self, gan: GAN, step: int) -> None:
+        """The rates of the step after this one."""
+        left = (self.steps - step) / (self.steps - self.start) if step > self.start else 1.0
+        factor = self.end + (1 - self.end) * left
         for player, optimizer in gan.optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = factor * gan.optim[player].lr
@@ -95,6 +103,7 @@ class Stats:
         self.backward_ms: dict[str, list[float]] = {}
         self.sums: dict[str, Any] = {}
         self.counts: dict[str, int] = {}
+        self.updates = {"d": 0, "g": 0}
         self.probed: tuple[int, str] | None = None
         self.probes = 0
         self.started = time.perf_counter()
@@ -111,6 +120,7 @@ class Stats:
             key = f"{phase}_loss/{name}"
             self.sums[key] = self.sums.get(key, 0.0) + value
             self.counts[key] = self.counts.get(key, 0) + 1
+        self.updates[phase] += 1
         if phase == "d":
             return
         self.steps += 1
@@ -127,8 +137,10 @@ class Stats:
             if not math.isfinite(value):
                 phase, name = key.split("_loss/")
                 raise Diverged(_diverged(step, phase, name, value))
-        totals = {
-            f"{phase}_loss": sum(v for key, v in means.items() if key.startswith(f"{phase}_loss/")) for phase in "dg"
+        totals = {  # a term that acts in every k-th update only has its mean over those updates, and its share in the loss
+            f"{phase}_loss": sum(float(v) for key, v in self.sums.items() if key.startswith(f"{phase}_loss/"))
+            / max(updates, 1)
+            for phase, updates in self.updates.items()
         }
         now = time.perf_counter()
         self.last = {
@@ -141,7 +153,7 @@ class Stats:
             "ms/step": 1000 * (now - self.started) / max(self.steps, 1),
         }
         self.write(self.last)
-        self.sums, self.counts, self.started, self.steps = {}, {}, now, 0
+        self.sums, self.counts, self.updates, self.started, self.steps = {}, {}, {"d": 0, "g": 0}, now, 0
 
     def pause(self, seconds: float) -> None:
         """Leave time spent on evaluation and checkpoints out of ``ms/step``."""
@@ -230,21 +242,25 @@ class Evaluator:
         self.run, self.data, self.every, self.steps, self.stats = run, data, every, steps, stats
         self.report = report
         self.best: list[float] = [-math.inf]
+        self.at = 0  # the step that was best
         self.last: dict[str, float] = {}
         self.improved = False
 
-    @hookimpl
-    def post_step(self, gan: GAN, phase: str, step: int) -> None:
-        """Evaluate when due, and at the end."""
+    @hookimpl(wrapper=True, tryfirst=True)
+    def post_step(self, gan: GAN, phase: str, step: int) -> Generator[None, Any, Any]:
+        """Evaluate when due, and at the end, what all plugins have made of the step."""
+        done = yield
         if phase == "g" and (step == self.steps or (self.every and step % self.every == 0)):
             self.now(gan)
+        return done
 
     def now(self, gan: GAN) -> dict[str, float]:
         """Evaluate at once; ``improved`` tells whether this is the best so far."""
         started = time.perf_counter()
         self.last = measure(gan)
         self.improved = goodness(self.last) > self.best
-        self.best = max(self.best, goodness(self.last))
+        if self.improved:
+            self.best, self.at = goodness(self.last), gan.step
         self.run.append("metrics.jsonl", {"step": gan.step, **self.last})
         record_provenance(gan, self.run)
         picture(gan, self.data, self.run.samples / f"fakes-{gan.step:06d}.png")
@@ -253,12 +269,12 @@ class Evaluator:
         return self.last
 
     def state_dict(self) -> dict[str, Any]:
-        """The best score so far."""
-        return {"best": self.best}
+        """The best score so far, and its step."""
+        return {"best": self.best, "at": self.at}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Undo :meth:`state_dict`."""
-        self.best = state["best"]
+        self.best, self.at = state["best"], state["at"]
 
 
 def measure(gan: GAN, truth: Dataset | None = None) -> dict[str, float]:
@@ -330,29 +346,44 @@ class Saver:
     def __init__(self, run: RunDir, evaluator: Evaluator, every: int, steps: int, keep: int, stats: Stats) -> None:
         self.run, self.evaluator, self.every, self.steps, self.keep = run, evaluator, every, steps, keep
         self.stats = stats
-        self.facts: dict[str, Any] = {}  # settings and versions, compared when the run is continued
+        self.facts: dict[str, Any] = {}  # settings, versions and data, compared when the run is continued
+        self.infinite: set[tuple[str, str]] = set()  # such as a mask of -inf
         self.saved = 0
 
-    @hookimpl
-    def post_step(self, gan: GAN, phase: str, step: int) -> None:
-        """Save when due, at the end, and whenever an evaluation was the best so far."""
-        if phase == "d":
-            return
-        if step == self.steps or (self.every and step % self.every == 0) or self.evaluator.improved:
+    @hookimpl(wrapper=True, tryfirst=True)
+    def setup(self, gan: GAN) -> Generator[None, Any, Any]:
+        """Take note of what is not finite to begin with."""
+        done = yield
+        self.infinite = set(_infinite(gan))
+        return done
+
+    @hookimpl(wrapper=True, tryfirst=True)
+    def post_step(self, gan: GAN, phase: str, step: int) -> Generator[None, Any, Any]:
+        """Save when due, at the end, and whenever an evaluation was the best so far: what all plugins made of the step."""
+        done = yield
+        due = step == self.steps or (self.every and step % self.every == 0) or self.evaluator.improved
+        if phase == "g" and due:
             self.now(gan)
+        return done
 
     def now(self, gan: GAN) -> None:
-        """Save at once, unless a weight is not finite."""
+        """Save at once, unless a weight has become not finite."""
         started = time.perf_counter()
-        weights = gan.weights()
-        for network, tensors in weights.items():
-            for key, tensor in tensors.items():
-                if tensor.is_floating_point() and not tensor.isfinite().all():
-                    raise Diverged(f"step {gan.step}: weight {key!r} of the {network} is not finite")
-        path = self.run.save(weights, {**gan.state_dict(), "facts": self.facts}, gan.step)
+        for network, key in _infinite(gan):
+            if (network.removesuffix("_ema"), key) not in self.infinite:
+                raise Diverged(f"step {gan.step}: weight {key!r} of the {network} is not finite")
+        path = self.run.save(gan.weights(), {**gan.state_dict(), "facts": self.facts}, gan.step)
         self.saved = gan.step
         if self.evaluator.improved:
             self.run.link("best", path)
             self.evaluator.improved = False
         self.run.prune(self.keep)
         self.stats.pause(time.perf_counter() - started)
+
+
+def _infinite(gan: GAN) -> Iterator[tuple[str, str]]:
+    """Network and name of each weight or saved buffer with a value that is not finite."""
+    for network, tensors in gan.weights().items():
+        for key, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                yield network, key

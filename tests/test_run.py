@@ -120,8 +120,7 @@ def test_a_run_writes_what_it_promises() -> None:
 def test_gradient_shares_and_milliseconds_are_measured() -> None:
     gankit("run", "--plugin", "pairwise_gp", *FAST, "--steps", "50", "--log-every", "50")
     (row,) = [json.loads(line) for line in Path("runs/00000-ring-pairwise_gp/stats.jsonl").read_text().splitlines()]
-    assert row["gradient_share/d/adv"] + row["gradient_share/d/pairwise_gp"] == pytest.approx(1)
-    assert 0 < row["ms/pairwise_gp"] < 20 * row["ms/step"]
+    assert row["gradient_share/d/pairwise_gp"] > 0 and row["ms/pairwise_gp"] > 0
 
 
 @pytest.mark.parametrize("name", ["none", *IN_TREE])
@@ -203,6 +202,108 @@ def test_a_run_whose_continuation_was_killed_can_be_continued() -> None:
     assert json.loads((run / "summary.json").read_text())["step"] == 14
     with held(run):
         assert "by another process" in gankit("resume", str(run), "--steps", "16", code=2).output
+
+
+PEAK = """
+from gankit import hookimpl
+
+class Peak:
+    @hookimpl
+    def evaluate(self, step):
+        return {"resolution": {4: 1.0, 8: 3.0, 12: 2.0, 16: 2.5}.get(step, 0.0)}
+"""
+
+
+def test_the_best_checkpoint_is_that_of_the_best_evaluation_in_a_continued_run_too() -> None:
+    Path("peak.py").write_text(PEAK)  # "resolution" is what counts most
+    gankit("run", "--plugin", "peak.py:Peak", *FAST, "--name", "r")
+    best = Path("runs/r/checkpoints/best")
+    assert best.readlink() == Path("step-000008")
+    evaluated = json.loads(gankit("evaluate", "r", "--json").stdout)
+    row = next(row for line in Path("runs/r/metrics.jsonl").open() if (row := json.loads(line))["step"] == 8)
+    assert evaluated["step"] == 8
+    assert evaluated["metrics"] == pytest.approx({key: value for key, value in row.items() if key != "step"})
+    best.unlink()
+    best.symlink_to("step-000005")  # as if it had been killed before the link
+    gankit("resume", "r", "--steps", "16")
+    assert best.readlink() == Path("step-000008")
+
+
+def test_the_latest_checkpoints_and_the_best_are_kept() -> None:
+    Path("peak.py").write_text(PEAK)
+    gankit("run", "--plugin", "peak.py:Peak", *FAST, "--save-every", "2", "--eval-every", "2", "--keep", "1")
+    (folder,) = Path("runs").glob("*/checkpoints")
+    assert {p.name for p in folder.iterdir()} == {"step-000008", "step-000012", "latest", "best"}
+
+
+@pytest.mark.parametrize("marker", ["trylast=True", "wrapper=True"])
+def test_what_the_last_plugin_does_after_a_step_is_measured_and_saved(marker: str) -> None:
+    Path("last.py").write_text(
+        "import torch\n"
+        "from gankit import hookimpl\n"
+        "class Last:\n"
+        f"    @hookimpl({marker})\n"
+        "    @torch.no_grad()\n"
+        "    def post_step(self, gan, step):\n"
+        f"        {'done = yield' if 'wrapper' in marker else 'pass'}\n"
+        "        for p in gan.sampled.parameters() if step == 12 else ():\n"
+        "            p.zero_()\n"
+        f"        {'return done' if 'wrapper' in marker else 'pass'}\n"
+    )
+    gankit("run", "--plugin", "last.py:Last", *FAST, "--name", "r")
+    saved = final_state(Path("runs/r"))
+    assert all(not t.any() for name, t in saved.items() if name.startswith("generator_ema/"))
+    (*_, last) = (json.loads(line) for line in Path("runs/r/metrics.jsonl").open())
+    assert last["modes"] == 0  # all samples lie in the middle of the ring
+
+
+def test_more_steps_stretch_the_decay_of_the_rates() -> None:
+    settings = [*FAST, "--lr-g", "0.002", "--decay-from", "0.5", "--decay-to", "0", "--name", "r"]
+    gankit("run", *settings)  # ends at a rate of 0
+    gankit("resume", "r", "--steps", "36")
+    rates = {row["step"]: row["lr_g"] for line in Path("runs/r/stats.jsonl").open() if (row := json.loads(line))}
+    assert {step: rates[step] for step in (6, 12, 15, 18, 27, 36)} == pytest.approx(
+        {6: 0.002, 12: 0.0, 15: 0.002, 18: 0.002, 27: 0.001, 36: 0.0}
+    )
+
+
+def test_a_run_goes_on_from_where_it_is_and_adds_up_its_seconds() -> None:
+    gankit("run", *FAST, "--name", "r")
+    assert "at step 12 already" in gankit("resume", "r", "--steps", "9", code=2).output
+    summary = Path("runs/r/summary.json")
+    summary.write_text(json.dumps({**json.loads(summary.read_text()), "seconds": 1000.0}))
+    gankit("resume", "r", "--steps", "13")
+    again = json.loads(summary.read_text())
+    assert 1000 < again["seconds"] < 1100 and again["stats"]["step"] == 12  # the last line of stats.jsonl
+
+
+def test_options_of_a_loss_are_numbers() -> None:
+    flags = ["--loss", "least-squares", "-o", "loss.a=-1", "-o", "loss.b=1", "-o", "loss.c=0"]
+    gankit("run", *FAST, *flags, "--name", "r")
+    assert "[options.loss]\na = -1.0\nb = 1.0\nc = 0.0\n" in Path("runs/r/config.toml").read_text()
+
+
+def test_resume_refuses_other_data_and_other_networks() -> None:
+    data = np.random.default_rng(0).normal(size=(50, 3))
+    np.save("x.npy", data)
+    Path("mine.py").write_text("from torch import nn\ndef g(z_dim): return nn.Linear(z_dim, 3)\n")
+    gankit("run", "--data", "x.npy", "--generator", "mine.py:g", *FAST, "--name", "r")
+    np.save("x.npy", np.concatenate([data, data[:5]]))
+    assert "data.train.count: 45 -> 50" in gankit("resume", "r", "--steps", "14", code=2).output
+    np.save("x.npy", data * 2)
+    assert "data.train.std: " in gankit("resume", "r", "--steps", "14", code=2).output
+    np.save("x.npy", data)
+    Path("mine.py").write_text("from torch import nn\ndef g(z_dim): return nn.Linear(z_dim, 3)  # another\n")
+    assert "networks.mine.py:g: " in gankit("resume", "r", "--steps", "14", code=2).output
+
+
+def test_a_run_of_a_gpu_is_not_continued_without_one() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    gankit("run", *FAST, "--name", "r")
+    config = Path("runs/r/config.toml")
+    config.write_text(config.read_text().replace('device = "cpu"', 'device = "cuda"'))
+    assert "was trained on a GPU, and none" in gankit("resume", "r", "--steps", "14", code=2).output
 
 
 def test_resume_refuses_and_names_what_changed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,6 +451,10 @@ def test_a_refused_run_leaves_no_folder() -> None:
         (["run", "--stepps", "3"], "--steps"),
         (["run", "--loss", "hing"], "loss must be"),
         (["run", "--loss", "hinge", "-o", "loss.a=1"], "hinge"),
+        (["run", "--loss", "least-squares", "-o", "loss.a=x"], "loss.a must be number, not 'x'"),
+        (["run", "--generator", "mine.py"], "give file.py:name or module:name"),
+        (["run", "--plugin", "./mine:Class"], "give file.py:name or module:name"),
+        (["run", "--plugin", ":Class"], "give file.py:name or module:name"),
         (["run", "--generator", "nowhere.py:g"], "nowhere.py"),
         (["rum"], "did you mean 'run'"),
         (["resume", "7"], "no run 7"),

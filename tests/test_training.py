@@ -104,28 +104,166 @@ def test_stats_are_means_since_the_last_line() -> None:
         assert row["ms/step"] > 0
 
 
-def test_the_gradients_share_of_a_term() -> None:
+def test_a_loss_counts_a_term_in_the_updates_that_have_it_and_the_term_is_its_own_mean() -> None:
+    rows: list[dict[str, Any]] = []
+
+    class Lazy:
+        @hookimpl
+        def pre_d_loss(self, real_logits: Tensor, step: int) -> dict[str, Tensor] | None:
+            return {"lazy": real_logits.mean() * 0 + 40} if step % 4 == 0 else None
+
+    train(tiny_gan(plugins={"lazy": Lazy()}, core={"stats": Stats(8, rows.append)}, d_steps=2), 8)
+    assert rows[0]["d_loss/lazy"] == 40
+    assert rows[0]["d_loss"] == pytest.approx(rows[0]["d_loss/adv"] + 10)
+
+
+@pytest.mark.parametrize("phase", ["d", "g"])
+def test_the_gradients_share_of_a_term(phase: str) -> None:
     """A term c ||theta||^2 / 2 has a gradient of norm c ||theta||; adv's is measured by hand."""
     rows: list[dict[str, Any]] = []
 
-    class Decay:
+    def decay(gan: GAN) -> dict[str, Tensor]:
+        return {"decay": sum((p.square().sum() for p in gan.parameters(phase)), torch.zeros(())) / 2}
+
+    class DecayD:
         @hookimpl
         def pre_d_loss(self, gan: GAN) -> dict[str, Tensor]:
-            return {"decay": sum((p.square().sum() for p in gan.discriminator.parameters()), torch.zeros(())) / 2}
+            return decay(gan)
 
-    gan = tiny_gan(plugins={"decay": Decay()}, core={"stats": Stats(1, rows.append)})
-    gan.manager.meter.on = True
-    norm = math.sqrt(sum(p.square().sum().item() for p in gan.parameters("d")))
-    twin = tiny_gan()
-    twin.optimizers["d"] = torch.optim.SGD(twin.parameters("d"), lr=1.0)
-    before = [p.detach().clone() for p in twin.parameters("d")]
+    class DecayG:
+        @hookimpl
+        def post_g_loss(self, gan: GAN) -> dict[str, Tensor]:
+            return decay(gan)
+
     from gankit.loop import update
 
-    update(twin, "d", 1)
-    adv = math.sqrt(sum((a - b).square().sum().item() for a, b in zip(before, twin.parameters("d"), strict=True)))
+    plugins = {"decay": DecayD() if phase == "d" else DecayG()}
+    gan, twin = tiny_gan(plugins=plugins, core={"stats": Stats(1, rows.append)}), tiny_gan()
+    gan.manager.meter.on = True
+    norms = []
+
+    class Looks:
+        @hookimpl
+        def sample(self, gan: GAN, phase: str) -> None:  # G's weights are the same in D's update
+            norms.append(math.sqrt(sum(p.square().sum().item() for p in gan.parameters(phase))))
+
+    gan.manager.register(Looks())
+    if phase == "g":
+        update(twin, "d", 1)
+        before_d = [p.detach().clone() for p in twin.parameters("d")]
+    twin.optimizers[phase] = torch.optim.SGD(twin.parameters(phase), lr=1.0)
+    before = [p.detach().clone() for p in twin.parameters(phase)]
+    update(twin, phase, 1)
+    adv = math.sqrt(sum((a - b).square().sum().item() for a, b in zip(before, twin.parameters(phase), strict=True)))
     train(gan, 1)
-    assert rows[0]["gradient_share/d/decay"] == pytest.approx(norm / (norm + adv), rel=1e-4)
+    if phase == "g":  # D was updated alike in both
+        assert all(torch.equal(a, b) for a, b in zip(before_d, gan.parameters("d"), strict=True))
+    norm = norms["dg".index(phase)]
+    assert rows[0][f"gradient_share/{phase}/decay"] == pytest.approx(norm / (norm + adv), rel=1e-4)
     assert rows[0]["ms/decay"] > 0
+
+
+def test_milliseconds_are_of_training_alone_and_a_plugins_of_its_hooks_and_its_backward(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A clock that plugins and an evaluation move on: what they should cost is known."""
+    now = 0.0
+
+    def clock() -> float:
+        return now
+
+    def pass_by(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+            pass_by(0.007)
+            return gradient
+
+    class Term:
+        @hookimpl
+        def pre_d_loss(self, real_logits: Tensor) -> dict[str, Tensor]:
+            pass_by(0.010)
+            return {"term": Slow.apply(real_logits.mean())}  # type: ignore[no-untyped-call]
+
+    class Evaluates:
+        @hookimpl
+        def post_step(self, phase: str, step: int) -> None:
+            if phase == "g" and step % 10 == 0:
+                pass_by(5)
+                stats.pause(5)
+
+    rows: list[dict[str, Any]] = []
+    monkeypatch.setattr("gankit.training.time.perf_counter", clock)
+    stats = Stats(48, rows.append)
+    gan = tiny_gan(plugins={"term": Term()}, core={"stats": stats, "evaluates": Evaluates()}, d_steps=3)
+    gan.manager.meter.clock, gan.manager.meter.on = clock, True  # of the first step, and by itself of the 47th
+    train(gan, 48)
+    assert rows[0]["ms/term"] == pytest.approx(3 * 10 + 3 * 7)
+    # two of the steps are probed: their first update of D is differentiated once more
+    assert rows[0]["ms/step"] == pytest.approx(3 * (10 + 7) + 2 * 7 / 48)
+
+
+class Masked(nn.Module):
+    """A network with a constant that is not finite, as a transformer's mask is."""
+
+    def __init__(self, inside: nn.Module, persistent: bool) -> None:
+        super().__init__()
+        self.inside = inside
+        self.register_buffer("mask", torch.full((3,), -math.inf), persistent=persistent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inside(x)
+        return out + torch.exp(self.mask).sum()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_constant_that_is_not_finite_is_neither_averaged_nor_taken_for_divergence(
+    persistent: bool, tmp_path: Path
+) -> None:
+    from gankit.training import Evaluator, Saver
+
+    data, run, stats = load("ring"), RunDir.create(tmp_path, None, "x"), Stats(1, lambda row: None)
+    saver = Saver(run, Evaluator(run, data, 0, 10, stats, lambda step, found: None), 1, 10, 2, stats)
+    G, D = nn.Linear(4, 3), nn.Linear(3, 1)
+    gan = tiny_gan(
+        core={"averaging": Averaging(0.9), "saver": saver},
+        generator=Masked(G, persistent), discriminator=Masked(D, persistent),
+    )  # fmt: skip
+    train(gan, 2)
+    assert [p.name for p in run.steps()] == ["step-000001", "step-000002"]
+    assert gan.draw(5, torch.Generator().manual_seed(0)).isfinite().all()
+    assert torch.equal(gan.averages["generator"].mask, torch.full((3,), -math.inf))  # type: ignore[arg-type]
+
+
+def test_the_average_starts_from_what_the_last_plugin_made_of_the_generator() -> None:
+    class Late:
+        @hookimpl(trylast=True)
+        def setup(self, gan: GAN) -> None:
+            gan.generator[0] = nn.utils.parametrizations.spectral_norm(gan.generator[0])  # type: ignore[index, operator]
+
+    gan = tiny_gan(
+        plugins={"late": Late()}, core={"averaging": Averaging(0.9)},
+        generator=nn.Sequential(nn.Linear(4, 3)), discriminator=nn.Linear(3, 1),
+    )  # fmt: skip
+    assert gan.averages["generator"].state_dict().keys() == gan.generator.state_dict().keys()
+
+
+def test_a_state_holds_the_random_state_of_the_one_gpu_that_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    gan, used, state = tiny_gan(), [], torch.get_rng_state()
+    assert len(gan.state_dict()["global_rngs"]) == 1
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: (used.append(device), state)[1])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda value, device: used.append(device))
+    gan.device = torch.device("cuda", 1)
+    rngs = {"global_rngs": gan.state_dict()["global_rngs"]}
+    gan.load_state_dict({**gan.state_dict(), **rngs})
+    assert len(rngs["global_rngs"]) == 2 and set(used) == {gan.device}
 
 
 def test_probing_does_not_change_training() -> None:

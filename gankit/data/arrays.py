@@ -8,6 +8,7 @@ import re
 import sys
 import traceback
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from operator import attrgetter
@@ -85,7 +86,7 @@ def array_file(spec: str, path: Path, image_size: int | None) -> Dataset:
             return from_arrays(spec, loaded[x], None if y is None else loaded[y], image_size=image_size)
     except UsageError:
         raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"cannot read {spec} as an array of numbers ({error}): save it anew") from error
 
 
@@ -102,18 +103,24 @@ def table(spec: str, path: Path) -> Dataset:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read {spec} ({error}): save it as a text file in UTF-8") from error
-    separator = _separator(text)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
     rows: list[list[str]] = []
-    for row in reader:
-        if not any(cell.strip() for cell in row):
-            continue
-        if rows and len(row) != len(rows[0]):
-            raise UsageError(
-                f"line {reader.line_num} of {spec} has {len(row)} cells where the first has {len(rows[0])}: "
-                "correct or remove it"
-            )
-        rows.append(row)
+    line = 0
+    try:
+        separator = _separator(text)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
+        for row in reader:
+            line = reader.line_num
+            if not any(cell.strip() for cell in row):
+                continue
+            if rows and len(row) != len(rows[0]):
+                raise UsageError(
+                    f"line {line} of {spec} has {len(row)} cells where the first has {len(rows[0])}: correct or remove it"
+                )
+            rows.append(row)
+    except csv.Error as error:
+        raise UsageError(
+            f"cannot read {spec} after line {line} ({error}): is a quotation mark left open there?"
+        ) from error
     if not rows:
         raise UsageError(f"{spec} is empty: give a table with at least one numeric column")
     has_header = not any(_is_number(cell, separator) for cell in rows[0])
@@ -326,7 +333,9 @@ def _collect(spec: str, samples: Iterable[object], progress: Progress | None) ->
     y: list[object] = []
     for sample in samples:
         value = sample
-        if isinstance(sample, tuple) and len(sample) == 2 and not isinstance(sample[0], int | float):
+        if isinstance(sample, tuple) and len(sample) == 1:  # of a TensorDataset without labels
+            (value,) = sample
+        elif isinstance(sample, tuple) and len(sample) == 2 and not isinstance(sample[0], int | float):
             value, label = sample
             y.append(label.item() if isinstance(label, Tensor | np.generic) else label)
         value = _as_numpy(cast("ArrayLike | Tensor", value))

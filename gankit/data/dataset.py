@@ -137,6 +137,20 @@ class Dataset:
             raise UsageError(f"the number of held-out samples must be 0 or more, not {n}")
         return scaled(self.test.raw(torch.arange(min(n, len(self.test)))))
 
+    def sketch(self) -> dict[str, object]:
+        """What tells these data from others, in values that JSON has: counts, and mean and deviation of some of the samples.
+
+        Rounded, for a processor may have drawn another last bit.
+        """
+        found: dict[str, object] = {"shape": list(self.shape)}
+        for name, store in (("train", self.train), ("test", self.test)):
+            some = torch.linspace(0, len(store) - 1, min(1024, len(store)), dtype=torch.float64).long()
+            x = store.raw(some).double()
+            deviation = x.std(correction=0).item()
+            mean = round(x.mean().item() / (deviation or 1.0), 3)
+            found[name] = {"count": len(store), "mean / std": mean, "std": float(f"{deviation:.3g}")}
+        return found
+
     def to(self, device: torch.device | str) -> "Dataset":
         """Return the same data on another device; the original stays where it is."""
         moved: dict[int, Tensor] = {}  # train and test may share one big tensor: move it once
