@@ -602,7 +602,7 @@ def plugins(ctx: click.Context, as_json: bool) -> None:
         click.echo(json.dumps(rows, indent=2))
         return
     if not rows:
-        click.echo("no plugins are installed; for example: pip install gankit-pairwise-gp")
+        click.echo("no plugins are installed; in a checkout of gankit: pip install ./plugins/pairwise_gp")
     width = max((len(row["name"]) for row in rows), default=0)
     for row in rows:
         click.echo(f"{row['name']:<{width}}  {row['version']:<8} {row['summary']}")

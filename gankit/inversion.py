@@ -1,6 +1,6 @@
 """What lies between latents, and which latent is nearest to a sample: interpolation and IvOM.
 
-IvOM, inference by optimisation, tells of lost modes without knowing any: a real sample that G cannot make keeps a residual
+IvOM, inference via optimization, tells of lost modes without knowing any: a real sample that G cannot make keeps a residual
 (Metz et al. 2016, Unrolled GANs, arXiv 1611.02163, section 3.4; Srivastava et al. 2017, VEEGAN, arXiv 1705.07761, section
 4).
 """

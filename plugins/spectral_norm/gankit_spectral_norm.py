@@ -49,7 +49,7 @@ def normalize(
 
     module: changed in place and returned; lazy layers must have their shapes. The parameter ``weight`` of a layer is
         afterwards called ``parametrizations.weight.original`` and has buffers ``parametrizations.weight.0._u`` and
-        ``._v``, so optimisers and saved weights made before no longer fit.
+        ``._v``, so weights saved before no longer fit; an optimiser made before still trains it.
     power_iterations: per forward pass in training mode; none in evaluation mode. 15 are done at once, here.
     eps: added to nothing but the length that u and v are divided by, when that is smaller.
     generator: source of the first u and v; default: torch's global one.

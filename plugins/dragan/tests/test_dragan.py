@@ -224,6 +224,26 @@ def test_the_graph_of_the_inputs_is_kept_for_unrolling() -> None:
     assert torch.autograd.gradcheck(lambda t: dragan_penalty(critic, t * 2, c=0.1, generator=seeded()), (x,))
 
 
+@pytest.mark.parametrize("noise", ["paper", "code"])
+def test_the_size_of_the_noise_is_a_number_to_that_graph(noise: str) -> None:
+    """Against central differences in x, the noise held where it was; were std(x) to move with x, so would it."""
+    critic, x = Tanh(3), randn(4, 3)
+    delta = (perturb((x,), noise=noise, scale=2.0, generator=seeded(5))[0] - x).detach()
+    leaf = x.clone().requires_grad_()
+    value = dragan_penalty(critic, leaf * 1, noise=noise, scale=2.0, generator=seeded(5))
+    (gradient,) = torch.autograd.grad(value, leaf)
+
+    def by_hand(x: Tensor) -> Any:
+        return ((np.sqrt((critic.input_gradient(x + delta) ** 2).sum(1)) - 1) ** 2).mean()
+
+    assert np.isclose(value.item(), by_hand(x))
+    for index in np.ndindex(*x.shape):
+        step = torch.zeros_like(x)
+        step[index] = 1e-6
+        slope = (by_hand(x + step) - by_hand(x - step)) / 2e-6
+        assert np.isclose(gradient[index].item(), slope, rtol=1e-5, atol=1e-7)
+
+
 def test_a_critic_without_slope_gives_a_finite_gradient() -> None:
     w = torch.zeros(3, requires_grad=True)
     value = dragan_penalty(lambda x: x @ w, torch.randn(4, 3, generator=seeded()))
@@ -280,6 +300,15 @@ def test_three_steps_with_the_term_of_the_function_on_the_plugins_own_stream(kin
         watch.expected, rel=1e-5
     )
     assert all("dragan" not in terms for phase, _, terms in log.updates if phase == "g")
+
+
+@pytest.mark.parametrize("options", [{"scale": 3.0}, {"center": 0.25}], ids=str)
+def test_scale_and_center_arrive(options: dict[str, Any]) -> None:
+    watch, default = Watch(**options), Watch()
+    _, log = run({"watch": watch, "default": default, "dragan": DRAGAN(**options)})
+    terms = [terms["dragan"] for phase, _, terms in log.updates if phase == "d"]
+    assert terms == pytest.approx(watch.expected, rel=1e-5)
+    assert terms != pytest.approx(default.expected, rel=1e-2)
 
 
 def test_pairs_of_a_joint_view() -> None:

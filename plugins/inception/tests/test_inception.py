@@ -520,6 +520,30 @@ def test_true_images_are_computed_once(own: str) -> None:
 
 
 @few
+@pytest.mark.parametrize("weights", ["a file.pth", None])
+def test_the_file_of_the_weights_reaches_torch_fidelitys_loader(
+    weights: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[str, str | None]] = []
+
+    class Network(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.float().flatten(1)[:, :5]
+
+        def convert_features_tuple_to_dict(self, features: Tensor) -> dict[str, Tensor]:
+            return {"2048": features, "logits_unbiased": features[:, :3]}
+
+    def create(name: str, layers: list[str], *, feature_extractor_weights_path: str | None, **_: Any) -> Network:
+        given.append((name, feature_extractor_weights_path))
+        return Network()
+
+    monkeypatch.setattr(gankit_inception.fidelity("utils"), "create_feature_extractor", create)
+    gan = gan_of(Inception(weights=weights, n=20, metrics=("kid",)), pictures(60, 50))
+    assert list(named(measure(gan))) == ["kid"]
+    assert given == [("inception-v3-compat", weights)]
+
+
+@few
 def test_samples_that_are_not_finite_give_nan(own: str) -> None:
     gan = gan_of(Inception(extractor=f"{own}:Small", n=20), pictures(60, 50))
     with torch.no_grad():

@@ -15,6 +15,8 @@ import gankit
 from gankit import UsageError
 from gankit.cli import main
 from gankit.data import load
+from gankit.gan import derive_seed
+from gankit.inversion import ivom
 from gankit.provenance import metric_of
 from gankit.training import measure
 
@@ -42,6 +44,19 @@ def test_a_line_leaves_the_mean_square_distance_from_it() -> None:
     (name,) = (name for name in measure(gan) if metric_of(name) == "ivom")
     assert measure(gan)[name] == pytest.approx((distance**2).mean(), rel=1e-3)
     assert gan.provenance[name]["n"] == 50 and gan.provenance[name]["restarts"] == 3
+
+
+def test_the_number_of_restarts_arrives() -> None:
+    x, values = load("ring").held_out(20), []
+    for restarts in (1, 2, 6):
+        gan = linear_gan(n=20, steps=2, restarts=restarts)
+        ((name, value),) = ((n, v) for n, v in measure(gan).items() if metric_of(n) == "ivom")
+        starts = torch.Generator().manual_seed(derive_seed(0, "invert"))
+        expected = ivom(gan.generator, x, gan.latent, steps=2, restarts=restarts, generator=starts).residuals.mean()
+        assert value == pytest.approx(expected.item(), rel=1e-6)
+        assert gan.provenance[name]["restarts"] == restarts
+        values.append(value)
+    assert values[0] > values[1] > values[2]  # the first starts are the same: more of them can only be nearer
 
 
 def test_true_data_have_no_value() -> None:

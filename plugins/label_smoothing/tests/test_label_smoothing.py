@@ -86,6 +86,18 @@ def test_losses_without_targets_are_refused(name: str) -> None:
         tiny_gan(plugins={"label_smoothing": LabelSmoothing()}, loss=name)
 
 
+def test_both_targets_of_the_plugin_arrive() -> None:
+    r, f = column([2.0, -1.0, 0.3]), column([0.5, 3.0, -2.0])
+    plugin = LabelSmoothing(real_target=0.8, fake_target=0.3)
+    loss = tiny_gan(plugins={"label_smoothing": plugin}, loss="saturating").loss
+    expected = binary_cross_entropy_with_logits(r, torch.full_like(r, 0.8))
+    expected = expected + binary_cross_entropy_with_logits(f, torch.full_like(f, 0.3))
+    torch.testing.assert_close(loss.d(r, f), expected)
+    assert loss.real_target == 0.8
+    squares = tiny_gan(plugins={"label_smoothing": plugin}, loss="least_squares").loss
+    torch.testing.assert_close(squares.d(r, f), ((r - 0.8) ** 2).mean() / 2 + ((f - 0.3) ** 2).mean() / 2)
+
+
 def test_targets_out_of_range_are_refused() -> None:
     for real, fake in ((1.1, 0.0), (0.9, -0.1), (0.5, 0.5), (0.2, 0.8)):
         with pytest.raises(ValueError, match="fake_target"):

@@ -264,26 +264,41 @@ def test_one_sided_arrives() -> None:
 
 def test_state_survives_and_gives_the_same_next_step() -> None:
     assert LeCam().state_dict() == {}
-    first, log = run({"lecam": LeCam()}, steps=2)
-    assert log.updates == run({"lecam": LeCam()}, steps=2)[1].updates
+
+    def options() -> LeCam:
+        return LeCam(weight=100, decay=0.6)
+
+    watch, plugin = Watch(), options()
+    first, log = run({"watch": watch, "lecam": plugin}, steps=2)
+    assert log.updates == run({"lecam": options()}, steps=2)[1].updates
+    state, weights = copy.deepcopy((first.state_dict(), first.weights()))
+    twins: list[LeCam] = []
 
     def resumed(with_averages: bool) -> GAN:
-        twin = tiny_gan(plugins={"lecam": LeCam(weight=100)})
-        state = copy.deepcopy(first.state_dict())
-        assert state["plugins"]["lecam"]["averages"].shape == (2,)
+        twins.append(options())
+        twin = tiny_gan(plugins={"lecam": twins[-1]})
+        saved = copy.deepcopy(state)
+        assert saved["plugins"]["lecam"]["averages"].shape == (2,)
         if not with_averages:
-            state["plugins"]["lecam"] = {}
-        twin.load_weights(first.weights())
-        twin.load_state_dict(state)
-        twin.next_real = lambda: torch.linspace(-1, 1, 24).view(8, 3)
+            saved["plugins"]["lecam"] = {}
+        twin.load_weights(weights)
+        twin.load_state_dict(saved)
         return twin
 
-    one, two, without = resumed(True), resumed(True), resumed(False)
-    for gan in (one, two, without):
+    one, without = resumed(True), resumed(False)
+    for gan in (first, one, without):  # the first is the uninterrupted run
+        gan.next_real = lambda: torch.linspace(-1, 1, 24).view(8, 3)
         update(gan, "d", 3)
-    for a, b in zip(one.discriminator.parameters(), two.discriminator.parameters(), strict=True):
+    for a, b in zip(first.discriminator.parameters(), one.discriminator.parameters(), strict=True):
         assert torch.equal(a, b)
     assert not torch.equal(*(next(g.discriminator.parameters()) for g in (one, without)))
+    means = [np.array([real.mean(), fake.mean()]) for real, fake in watch.logits]
+    expected = means[0]
+    for mean in means[1:]:
+        expected = 0.6 * expected + 0.4 * mean
+    assert len(means) == 3
+    for averages in (plugin.averages, twins[0].averages):
+        np.testing.assert_allclose(averages, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_batch_norm_is_no_hindrance() -> None:

@@ -471,6 +471,32 @@ def test_it_trains(kind: Any, data: str) -> None:
         assert not torch.equal(place.statistics.T, start[key])
 
 
+@pytest.mark.parametrize("options", [{"dims": 2}, {"weight_norm": True}, {"average": True}], ids=str)
+def test_the_options_of_the_kernels_arrive(options: dict[str, Any]) -> None:
+    gan = tiny_gan(plugins={"mine": small(calibrate="off", **options)})
+    layer, x = gan.discriminator.layers.out.statistics.double(), draw(8, 16)
+    assert layer.T.shape == (16, 6, options.get("dims", 3))
+    assert (layer.log_scale is not None) == options.get("weight_norm", False)
+    theta = layer.T.detach().numpy().copy()
+    if layer.log_scale is not None:  # another length of T is none of its columns
+        with torch.no_grad():
+            layer.T.mul_(7)
+            layer.log_scale.copy_(0.3 * draw(6, 3, seed=1))
+        theta *= np.exp(0.3 * draw(6, 3, seed=1).numpy()) / np.linalg.norm(theta, axis=0)
+    expected = by_hand(torch.tensor(np.einsum("na,abc->nbc", x.numpy(), theta)))
+    expected = expected / 7 if options.get("average") else expected
+    np.testing.assert_allclose(layer(x)[:, 16:].detach(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("group_size", [2, 8])
+def test_the_size_of_the_groups_arrives(group_size: int) -> None:
+    gan = tiny_gan(plugins={"mine": small("stddev", group_size=group_size)})
+    x = draw(8, 16)
+    added = gan.discriminator.layers.out.statistics(x)[:, 16:]
+    np.testing.assert_allclose(added, stddev_by_hand(x, group_size), rtol=1e-10)
+    assert not np.allclose(added, stddev_by_hand(x, 4), rtol=1e-3)
+
+
 class Spy:
     """Keeps what D's statistics were given in the last update of D, and the view it belongs to."""
 

@@ -111,6 +111,25 @@ def test_the_plugin_compares_the_batch_with_latents_of_its_own_stream() -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("form", ["inverse", "ratio"])
+def test_eps_arrives(form: Any) -> None:
+    gan, batch, terms = terms_of(ModeSeeking(eps=0.5, form=form))
+    stream = torch.Generator().manual_seed(0)
+    stream.set_state(tiny_gan(plugins={"mode_seeking": (same := ModeSeeking())}).rng(same).get_state())
+    z = Latent(4).draw(8, stream)
+    samples, latents = (
+        np.abs((a - b).detach().numpy()).mean(1) for a, b in ((batch.fake, gan.generator(z)), (batch.z, z))
+    )
+
+    def by_hand(eps: float) -> Any:
+        if form == "inverse":
+            return 1 / (samples.mean() / latents.mean() + eps)
+        return -(samples / (latents + eps)).mean()
+
+    assert terms["mode_seeking"].item() == pytest.approx(by_hand(0.5), rel=1e-5)
+    assert by_hand(0.5) != pytest.approx(by_hand(1e-5), rel=0.1)
+
+
 def test_batch_norm_of_g_counts_one_batch_per_update() -> None:
     counts = []
     for plugins in ({"mode_seeking": ModeSeeking()}, {"other": Other()}):

@@ -221,24 +221,37 @@ def test_no_critic_forward_is_added() -> None:
 
 def test_unrolling_can_differentiate_through_it() -> None:
     """In phase "g" the fakes carry G's graph: the term must keep it where it depends on them, and not fail."""
-    slopes = []
+    slopes: list[tuple[float, float]] = []
 
     def smooth() -> nn.Module:  # a leaky ReLU's slope is constant almost everywhere, and so is the penalty
         return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
 
     class Ask:
         @hookimpl
-        def critic(self, phase: str, d_objective: Any, view: View, gan: Any) -> Any:
+        def critic(self, phase: str, d_objective: Any, batch: Any, view: View, gan: Any) -> Any:
             if phase == "g":
                 logits = gan.discriminator(*view.real), gan.discriminator(*view.fake)
                 term = d_objective(gan.discriminator) - gan.loss.d(*logits)
                 slope = torch.autograd.grad(term, next(gan.generator.parameters()), retain_graph=True)[0]
-                slopes.append(slope.abs().max().item())
+                critic, generator = Tanh(3), copy.deepcopy(gan.generator).double()
+                first, _, last = gan.discriminator
+                critic.weights = [t.detach().double() for t in (first.weight, first.bias, last.weight[0])]
+                weight = next(generator.parameters())
+                for index in slope.abs().flatten().topk(4).indices:
+                    ends = []
+                    for step in (1e-6, -1e-6):
+                        with torch.no_grad():
+                            weight.view(-1)[index] += step
+                            ends.append(10 * critic.penalty(generator(batch.z.double())))
+                            weight.view(-1)[index] -= step
+                    slopes.append((slope.flatten()[index].item(), (ends[0] - ends[1]) / 2e-6))
             return gan.discriminator
 
     run({"r2": R2(), "ask": Ask()}, steps=2, discriminator=smooth)
-    assert len(slopes) == 2
-    assert all(slope > 1e-5 for slope in slopes)
+    assert len(slopes) == 2 * 4
+    for slope, by_differences in slopes:
+        assert slope == pytest.approx(by_differences, rel=1e-3)
+        assert abs(slope) > 1e-5
 
 
 @pytest.mark.parametrize("kind", ["vector", "image"])

@@ -397,6 +397,25 @@ def test_it_trains(on: Any, pool: bool) -> None:
     assert all(np.isfinite(v) for *_, terms in log.updates for v in terms.values())
 
 
+@pytest.mark.parametrize("options", [{"value_channels": "C/2"}, {"value_channels": "C"}, {"pool": True}], ids=str)
+def test_value_channels_and_pool_arrive(options: dict[str, Any]) -> None:
+    gan = tiny_gan("image", {"self_attention": SelfAttention(**options)})
+    for network, place in ((gan.generator, "layers.activation1"), (gan.discriminator, "trunk.layers.activation0")):
+        block = network.get_submodule(place).attention.double()
+        nn.init.constant_(block.gamma, 0.7)
+        channels = block.key.weight.shape[1]
+        same, default = SelfAttention2d(channels, **options).double(), SelfAttention2d(channels).double()
+        same.load_state_dict(block.state_dict())
+        x = draw(2, channels, 3, 4)
+        torch.testing.assert_close(block(x), same(x))
+        np.testing.assert_allclose(block(x).detach(), block_by_hand(same, x), rtol=1e-9, atol=1e-10)
+        if "pool" in options:
+            default.load_state_dict(block.state_dict())
+            assert not torch.allclose(block(x), default(x))
+        else:
+            assert block.value.weight.shape != default.value.weight.shape
+
+
 @pytest.mark.parametrize("network", ["dcgan", "resnet"])
 @pytest.mark.parametrize("others", [[], ["gradient_penalty"]])
 def test_at_the_start_nothing_else_notices(network: str, others: list[str]) -> None:

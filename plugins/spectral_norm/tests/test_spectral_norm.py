@@ -241,6 +241,27 @@ def test_every_forward_of_an_update_advances_u(names: list[str], forwards: int) 
     np.testing.assert_allclose(layer[0]._v, v, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("options", "iterations", "eps"), [({"power_iterations": 3}, 3, 1e-12), ({"eps": 0.5}, 1, 0.5)]
+)
+def test_power_iterations_and_eps_arrive(options: dict[str, Any], iterations: int, eps: float) -> None:
+    gan = tiny_gan(plugins={"spectral_norm": SpectralNorm(**options)})
+    layer = gan.discriminator.layers.hidden0.parametrizations.weight
+    stream = torch.Generator().manual_seed(5)
+    with torch.no_grad():  # another weight, so that u and v are stale, and so small that 0.5 is above its lengths
+        layer.original.copy_(0.05 * torch.randn(layer.original.shape, generator=stream))
+        for vector in (layer[0]._u, layer[0]._v):
+            vector.copy_(nn.functional.normalize(torch.randn(vector.shape, generator=stream), dim=0))
+    w, v = layer.original.detach().double().numpy(), layer[0]._v.double().numpy()
+    for _ in range(iterations):
+        u = w @ v / max(np.linalg.norm(w @ v), eps)
+        v = w.T @ u / max(np.linalg.norm(w.T @ u), eps)
+    assert (np.linalg.norm(u) < 0.8) == (eps == 0.5)
+    gan.discriminator.train()(torch.zeros(2, 3))
+    np.testing.assert_allclose(layer[0]._u, u, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(layer[0]._v, v, rtol=1e-4, atol=1e-6)
+
+
 def test_u_and_v_are_saved_and_a_continued_run_takes_the_same_next_step() -> None:
     first, _ = run({"spectral_norm": SpectralNorm(on="both")}, steps=2)
     assert any(key.endswith("0._u") for key in first.weights()["discriminator"])
@@ -265,6 +286,27 @@ def test_an_averaged_generator_is_normalised_by_its_own_singular_values() -> Non
         u = layer.parametrizations["weight"][0]._u  # type: ignore[union-attr, index]
         assert u.norm().item() == pytest.approx(1, abs=1e-5)
     assert torch.equal(folded(average).eval()(torch.ones(2, 4)), average(torch.ones(2, 4)))
+
+
+def test_post_step_finds_the_singular_values_of_averages_however_far_they_went() -> None:
+    plugin = SpectralNorm(on="g")
+    gan = tiny_gan(plugins={"spectral_norm": plugin}, core={"averaging": Averaging(0.9)})
+    average, stream = gan.averages["generator"], torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in layers(average):
+            original = layer.parametrizations["weight"].original  # type: ignore[index, union-attr]
+            original.copy_(3 * torch.randn(original.shape, generator=stream))
+
+    def largest() -> list[float]:
+        return [np.linalg.svd(matrix(layer), compute_uv=False)[0] for layer in layers(average.eval())]
+
+    stale = largest()
+    assert len(stale) > 1 and all(abs(value - 1) > 0.05 for value in stale)
+    plugin.post_step(gan, "d")
+    assert largest() == stale  # D's update moves no average
+    for _ in range(200):
+        plugin.post_step(gan, "g")
+    assert largest() == pytest.approx([1] * len(stale), abs=1e-3)
 
 
 def test_layers_whose_weights_are_computed_are_not_taken_for_shared_ones() -> None:

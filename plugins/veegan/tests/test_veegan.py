@@ -157,6 +157,15 @@ def test_noise_is_on_the_codes_that_d_sees_and_nowhere_else(reconstructor_loss: 
     assert terms["veegan"].item() == pytest.approx(latent_distance(batch.z, gan.reconstructor(batch.fake)).item())
 
 
+def test_the_plugins_distance_is_the_one_asked_for() -> None:
+    gan = tiny_gan(plugins={"veegan": VEEGAN(distance="cosine", weight=2)})
+    terms, batch, _ = g_update(gan)
+    z, f = batch.z.numpy(), gan.reconstructor(batch.fake).detach().numpy()
+    cosine = np.mean([1 - u @ v / (np.linalg.norm(u) * np.linalg.norm(v)) for u, v in zip(z, f, strict=True)])
+    assert terms["veegan"].item() == pytest.approx(2 * cosine, rel=1e-5)
+    assert terms["veegan"].item() != pytest.approx(2 * np.mean(((z - f) ** 2).sum(1)), rel=0.1)
+
+
 def test_the_authors_reconstruction_is_the_log_likelihood_of_a_normal_distribution() -> None:
     # the notebook writes -sum_j log N(z_j; F(G(z))_j, 1): half the squared norm, and a constant
     z, f = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
