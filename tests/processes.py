@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import TCPStore
 
 from gankit import cli, distributed, hookimpl, losses
 from gankit.contract import Player
@@ -36,16 +36,11 @@ CONTEXT = multiprocessing.get_context("forkserver")  # which imports torch once
 CONTEXT.set_forkserver_preload(["gankit.run", "gankit.cli", "gankit.terminal", "torch._dynamo"])
 
 
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
-
-
 def process(rank: int, size: int, port: int, folder: Path, act: Callable[..., None], *arguments: Any) -> None:
     """What torchrun does before it starts a program; each process in a folder of its own, as on machines of their own."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     counts = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the store is with whoever starts them
     os.environ.update({**address, **{name: str(count) for name, count in counts.items()}})
     (folder / str(rank)).mkdir(exist_ok=True)
     inside(folder / str(rank), act, *arguments)
@@ -70,10 +65,12 @@ def alone(*arguments: str) -> Any:
 
 
 def start(folder: Path, act: Callable[..., None], *arguments: Any, size: int = 2) -> list[Any]:
-    port = free_port()
-    made = [CONTEXT.Process(target=process, args=(r, size, port, folder, act, *arguments)) for r in range(size)]
+    """Processes that meet at a store of this one, as torchrun's do, on a port that the system gives it and keeps."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    made = [CONTEXT.Process(target=process, args=(r, size, store.port, folder, act, *arguments)) for r in range(size)]
     for one in made:
         one.start()
+        one.store = store  # type: ignore[attr-defined]  # which lives as long as they are known
     return made
 
 

@@ -688,8 +688,8 @@ def test_the_commands_below_a_table_train_its_lines() -> None:
         commands = re.findall(r"^(gankit run .*)$", text, re.MULTILINE)
         cells = [cell for cell in suite.cells() if cell.seed == 0]
         assert len(commands) == len(cells)
-        for command, cell in zip(commands, cells, strict=True):
-            flags = main.commands["run"].make_context("run", shlex.split(command)[2:]).params  # type: ignore[attr-defined]
+        for line, cell in zip(commands, cells, strict=True):
+            flags = main.commands["run"].make_context("run", shlex.split(line)[2:]).params  # type: ignore[attr-defined]
             own = {key: flags.pop(key) for key in ("dry_run", "reported", "as_json")}
             assert set(own.values()) == {False, True}
             typed, meant = read_settings(flags), replace(suite.config(cell), name=None)

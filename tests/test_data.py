@@ -265,7 +265,7 @@ def test_mnist_failed_download_is_told(monkeypatch):
 
 
 def test_mnist_download_checks_sums_and_caches(digits, tmp_path, monkeypatch):
-    pooch = pytest.importorskip("pooch")
+    pooch = pytest.importorskip("pooch", reason="pooch is not installed; it is in gankit[download]")
     source = digits[0] / "mnist"
     sums = {}
     for name in digits_module.FILES:

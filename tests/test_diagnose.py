@@ -16,6 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from scipy import stats
+from scipy.spatial import cKDTree
 from scipy.spatial.distance import pdist, squareform
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ from gankit import GAN, Latent
 from gankit.cli import main
 from gankit.config import Config, read_toml
 from gankit.data import from_arrays, load
-from gankit.diagnose import EMPTY, RULES, Diagnosis, Finding, Record, Watch, diagnose
+from gankit.diagnose import EMPTY, MEASURED, RULES, SLOWER, Diagnosis, Finding, Record, Watch, diagnose
 from gankit.gan import derive_seed
 from gankit.plugins import create
 from gankit.rundir import RunDir
@@ -118,6 +119,23 @@ def test_a_point_a_mode_and_what_is_not_finite() -> None:
     assert 0.005 < mode["spread"] < 0.02
     spoilt = rows_of(Known(torch.tensor([[1.0, 0.0], [float("nan"), 0.0]])), nn.Linear(2, 1), data)[1]
     assert spoilt["finite"] == 0.5 and "spread" not in spoilt
+
+
+def test_duplicates_are_nearer_than_a_tenth_of_the_median_distance_to_the_nearest_neighbour() -> None:
+    x = np.random.default_rng(0).lognormal(sigma=1.5, size=(1000, 2)).astype("float32")  # sparse far out
+    signals = Signals(from_arrays("x", x), lambda row: None, 201)
+    real = signals.real.double().numpy()
+    mean, deviation = real.mean(axis=0), real.std(axis=0)
+    usual = cKDTree((real - mean) / deviation).query((real - mean) / deviation, k=2)[0][:, 1]
+    median = np.median(usual)
+    assert usual.mean() > 1.5 * median
+    points = np.stack(np.divmod(np.arange(201.0), 15), axis=1)  # far apart from one another
+    points[141:166] = points[:25] + 0.09 * np.array([median, 0])  # but 25 have a twin just inside
+    points[166:201] = points[25:60] - 0.11 * np.array([0, median])  # and 35 one just outside
+    nearest = cKDTree(points).query(points, k=2)[0][:, 1]
+    assert (nearest < 0.1 * median).sum() == 50 and (nearest < 0.12 * median).sum() == 120
+    found = signals.of(torch.from_numpy(points * deviation + mean))
+    assert found["duplicates"] == pytest.approx(50 / 201, abs=1e-12)
 
 
 def test_what_d_says_is_the_area_under_the_curve_of_scipy() -> None:
@@ -507,6 +525,24 @@ def test_suggestions_begin_with_what_was_measured_best() -> None:
     far = every_suggestion(replace(CONFIG, lr_g=0.1), "plane")["oscillation"]
     assert far[0].endswith("--lr-g 0.002 --lr-d 0.003")
     assert every_suggestion(replace(CONFIG, lr_d=0.0), "plane")["frozen network"][0].endswith("--lr-d 0.003")
+
+
+def test_what_suggestions_say_was_measured_was_so() -> None:
+    rows = json.loads((ROOT / "tests" / "benchmarks" / "outcomes.json").read_text())
+
+    def mean(plugin: str, data: str, column: str) -> float:
+        return float(np.mean([row[column] for row in rows if (row["plugin"], row["data"]) == (plugin, data)]))
+
+    checked = 0
+    for name, text in {**MEASURED, "none_slow": SLOWER}.items():
+        own = text.partition(", where no plugin had")[0]
+        for number, of in re.findall(r"(\d+\.\d) of (8|25)", own):
+            assert number == f"{mean(name, {'8': 'ring', '25': 'grid'}[of], 'modes'):.1f}", name
+            checked += 1
+        for percent in re.findall(r"(\d+) %", own)[-1:]:
+            assert percent == f"{100 * mean(name, 'grid', 'high_quality'):.0f}", name
+            checked += 1
+    assert checked > 10
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------

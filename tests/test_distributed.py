@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from click.testing import CliRunner
-from processes import IN_TREE, SAME_LOSS, alike, done, end, everything, free_port, gankit, start, trained
+from processes import IN_TREE, SAME_LOSS, alike, done, end, everything, gankit, start, trained
 from torch import Tensor, nn
 
 from gankit import UsageError, cli, distributed
@@ -23,6 +23,7 @@ from gankit import run as running
 from gankit.distributed import Team
 
 PAGE = Path(__file__).parents[1] / "docs" / "distributed.md"
+ALONE = ["--standalone", "--local-addr", "127.0.0.1"]  # on a port that is free
 FAST = ["run", "--steps", "12", "--batch", "16", "--width", "8", "--eval-every", "4", "--save-every", "5",
         "--log-every", "3", "--eval-samples", "50", "--keep", "9", "--threads", "1"]  # fmt: skip
 
@@ -164,7 +165,7 @@ def state(run: Path, step: int = 12) -> dict[str, Tensor]:
 def test_torchrun_trains_as_the_page_says(tmp_path: Path) -> None:
     (line,) = re.findall(r"^(torchrun .*) --data mnist$", PAGE.read_text(), re.MULTILINE)
     words = f"{line} --data ring --plugin r1 --steps 50 --eval-every 0 --eval-samples 50 --width 8".split()
-    command = [sys.executable, "-m", "torch.distributed.run", "--master-port", str(free_port()), *words[1:]]
+    command = [sys.executable, "-m", "torch.distributed.run", *ALONE, *words[1:]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
     assert ended.returncode == 0, ended.stderr

@@ -48,6 +48,7 @@ from gankit import run as running
 from gankit.cli import main, read_settings
 from gankit.config import make, read_toml
 from gankit.hookspecs import NAMES
+from gankit.options import options_of
 from gankit.plugins import create, find
 from gankit.terminal import Terminal
 from gankit.testing import tiny_gan, write_digits
@@ -64,6 +65,19 @@ MORE = {  # options that are added, so that what trains trains shortly
     "resume": ["--steps", "4", "--no-report"],
     "bench": ["--dry-run"],
 }  # fmt: skip
+IN_WORDS = {  # defaults that a plugin's page describes: by option, the cell and the value behind it
+    ("inception", "metrics"): ("all", ("inception_score", "fid", "kid", "precision", "recall", "modes")),
+    ("self_attention", "resolution"): ("half the image, at most 32", None),
+    ("stacked", "noise"): ("a quarter", None),
+    ("stacked", "small_loss"): ("the run's", None),
+    ("tensorboard", "folder"): ("the run's", None),
+    ("ttur", "lr_d"): ("preset's", None),
+    ("ttur", "lr_g"): ("preset's", None),
+    ("ttur", "beta1"): ("preset's", None),
+    ("ttur", "beta2"): ("preset's", None),
+    ("unrolled", "lr"): ("D's", None),
+    ("virtual_batch_norm", "reference"): ("the batch size", None),
+}
 PLACEHOLDERS = {"S": "0", "X": "ring", "NAME": "r1", "FILE.toml": "settings.toml"}
 LARGE = ("stacked-mnist",)  # data that would take seconds to make: settings and plugins are read, no network is built
 
@@ -449,6 +463,45 @@ def test_the_directory_lists_every_plugin_of_the_repository_once() -> None:
     listed = re.findall(r"^\| \[(\w+)\]\(\.\./\.\./plugins/(\w+)/README\.md\) \| \S.* \|$", page, re.MULTILINE)
     assert all(name == folder for name, folder in listed)
     assert sorted(name for name, _ in listed) == IN_TREE
+
+
+def written(page: str) -> dict[str, str]:
+    """The options of a plugin's page and their defaults as they stand in its table, in order."""
+    (table,) = re.findall(r"^\| option \| default \|.*\n\|[-|]+\n((?:\|.*\n)+)", page, re.MULTILINE)
+    found: dict[str, str] = {}
+    for row in table.splitlines():
+        _, names, defaults, _ = row.split("|", 3)
+        options = re.findall(r"`(\w+)`", names)
+        cells = [cell.strip().strip("`") for cell in (defaults.split(", ") if defaults.count("`") > 2 else [defaults])]
+        found |= zip(options, cells * len(options) if len(cells) == 1 else cells, strict=True)
+    return found
+
+
+def means(cell: str, default: object) -> bool:
+    """Whether a cell says that this is the default."""
+    match default:
+        case None:
+            return cell in ("none", "")
+        case bool():
+            return cell in (("yes", "true") if default else ("no", "false"))
+        case int() | float():
+            return re.fullmatch(r"[\d.]+(e-?\d+)?", cell) is not None and float(cell) == default
+        case tuple():
+            return cell == ",".join(default)
+        case _:
+            return cell == default
+
+
+@pytest.mark.parametrize("name", IN_TREE)
+def test_the_page_of_a_plugin_has_its_options_and_their_defaults(name: str) -> None:
+    cells = written((ROOT / "plugins" / name / "README.md").read_text())
+    defaults = {option: known.default for option, known in options_of(find(name).factory).items()}
+    assert [*cells] == [*defaults]
+    for option, cell in cells.items():
+        if (name, option) in IN_WORDS:
+            assert (cell, defaults[option]) == IN_WORDS[name, option]
+        else:
+            assert means(cell, defaults[option]), f"{option}: {cell!r} is written, and {defaults[option]!r} the default"
 
 
 def test_the_version_is_one() -> None:

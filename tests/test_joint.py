@@ -123,7 +123,9 @@ def test_g_trains_mean_and_variance_through_the_draw() -> None:
 
 
 def test_pairwise_gp_takes_the_draw_the_critic_saw_as_e(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = pytest.importorskip("gankit_pairwise_gp")
+    module = pytest.importorskip(
+        "gankit_pairwise_gp", reason="gankit-pairwise-gp is not installed; it is in gankit[all]"
+    )
     seen = []
 
     def spy(critic: Any, real: Tensor, reconstruction: Tensor, *given: Tensor, **options: Any) -> Tensor:

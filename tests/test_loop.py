@@ -249,6 +249,17 @@ def test_at_once_every_plugin_acts_on_d_as_before_and_on_g_as_if_d_had_not_moved
     assert all(torch.equal(a, b) for a, b in zip(at_once.parameters("g"), twin.parameters("g"), strict=True))
 
 
+def test_what_falls_is_a_hundredth_at_the_end_and_stays_there() -> None:
+    gan = tiny_gan()
+    gan.steps = 10
+    assert [gan.decayed(0.01, step) for step in (0, 5, 10, 11, 20)] == pytest.approx([1, 0.1, 0.01, 0.01, 0.01])
+    assert gan.decayed(1, 20) == 1
+    gan.steps = None
+    assert gan.decayed(1, 20) == 1
+    with pytest.raises(UsageError, match="how many steps"):
+        gan.decayed(0.01, 20)
+
+
 def test_a_users_own_modules_also_with_lazy_layers() -> None:
     gan = GAN(
         generator=torch.nn.Linear(2, 5),

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gankit.data import from_arrays
 from gankit.errors import UsageError
 from gankit.metrics import energy_distance, label_modes, mode_histogram, mode_metrics, sliced_wasserstein
+from gankit.training import Metrics
 
 STD = 0.01
 ANGLES = torch.arange(8, dtype=torch.float64) * (2 * math.pi / 8)
@@ -138,6 +140,22 @@ def test_energy_distance_against_numpy(features: int) -> None:
     expected = 2 * cdist(x, y).mean() - cdist(x, x).mean() - cdist(y, y).mean()
     assert energy_distance(x, y) == pytest.approx(expected, rel=1e-7)
     assert energy_distance(x, x) == 0
+
+
+def test_a_runs_distances_are_over_128_directions_and_of_at_most_2000_samples() -> None:
+    # as docs/runs.md has it; the directions are drawn from seed 0
+    data = from_arrays("plane", normal(25_000, 2).numpy())
+    samples, held_out = 1.5 * normal(3000, 2, seed=1) + 0.5, data.held_out(3000).double()
+    assert len(held_out) == 2500
+    found = Metrics(data, 3000).of(samples)
+    directions = torch.randn(2, 128, generator=stream()).double()
+    directions /= directions.square().sum(dim=0).sqrt()
+    w1 = [scipy.stats.wasserstein_distance(samples @ d, held_out @ d) for d in directions.T]
+    assert found["sliced_wasserstein"] == pytest.approx(np.mean(w1), rel=1e-9)
+    x, y = samples[:2000], held_out[:2000]
+    cdist = scipy.spatial.distance.cdist
+    energy = 2 * cdist(x, y).mean() - cdist(x, x).mean() - cdist(y, y).mean()
+    assert found["energy_distance"] == pytest.approx(energy, rel=1e-7)
 
 
 def test_energy_distance_sees_tiny_differences() -> None:

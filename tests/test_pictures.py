@@ -276,7 +276,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(("suffix", "magic"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
 def test_curves(tmp_path: Path, suffix: str, magic: bytes) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed; it is in gankit[plot]")
     path = tmp_path / f"curves.{suffix}"
     curves({"losses": ROWS, "metrics": [{"step": 4, "modes": 3, "note": "x", "flag": True}], "none": []}, path)
     content = path.read_bytes()
@@ -285,7 +285,9 @@ def test_curves(tmp_path: Path, suffix: str, magic: bytes) -> None:
 
 
 def test_curves_draw_each_column_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figure_module = pytest.importorskip("matplotlib.figure")
+    figure_module = pytest.importorskip(
+        "matplotlib.figure", reason="matplotlib is not installed; it is in gankit[plot]"
+    )
     figures = []
     plain = figure_module.Figure.savefig
 
@@ -310,7 +312,7 @@ def test_curves_draw_each_column_once(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_curves_leave_pyplot_alone(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed; it is in gankit[plot]")
     code = (
         "import sys; from gankit.pictures import curves; assert 'matplotlib' not in sys.modules;"
         f"curves({{'a': [{{'step': 1, 'b': 2}}]}}, {str(tmp_path / 'c.png')!r});"
@@ -320,7 +322,7 @@ def test_curves_leave_pyplot_alone(tmp_path: Path) -> None:
 
 
 def test_curves_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed; it is in gankit[plot]")
     with pytest.raises(UsageError, match="nothing to draw"):
         curves({"losses": [{"step": 1, "text": "x"}], "metrics": []}, tmp_path / "c.png")
     with pytest.raises(UsageError, match="nothing to draw"):

@@ -74,6 +74,11 @@ def final_state(run: Path, step: int = 12) -> dict[str, torch.Tensor]:
     return found
 
 
+def rows(name: str) -> list[dict[str, float]]:
+    """The lines of a record of the run "r"."""
+    return [json.loads(line) for line in (Path("runs/r") / name).read_text().splitlines()]
+
+
 def assert_equal_states(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
     assert one.keys() == two.keys()
     assert [key for key in one if not torch.equal(one[key], two[key])] == []
@@ -220,7 +225,7 @@ def test_the_best_checkpoint_is_that_of_the_best_evaluation_in_a_continued_run_t
     best = Path("runs/r/checkpoints/best")
     assert best.readlink() == Path("step-000008")
     evaluated = json.loads(gankit("evaluate", "r", "--json").stdout)
-    row = next(row for line in Path("runs/r/metrics.jsonl").open() if (row := json.loads(line))["step"] == 8)
+    (row,) = [row for row in rows("metrics.jsonl") if row["step"] == 8]
     assert evaluated["step"] == 8
     assert evaluated["metrics"] == pytest.approx({key: value for key, value in row.items() if key != "step"})
     best.unlink()
@@ -253,15 +258,14 @@ def test_what_the_last_plugin_does_after_a_step_is_measured_and_saved(marker: st
     gankit("run", "--plugin", "last.py:Last", *FAST, "--name", "r")
     saved = final_state(Path("runs/r"))
     assert all(not t.any() for name, t in saved.items() if name.startswith("generator_ema/"))
-    (*_, last) = (json.loads(line) for line in Path("runs/r/metrics.jsonl").open())
-    assert last["modes"] == 0  # all samples lie in the middle of the ring
+    assert rows("metrics.jsonl")[-1]["modes"] == 0  # all samples lie in the middle of the ring
 
 
 def test_more_steps_stretch_the_decay_of_the_rates() -> None:
     settings = [*FAST, "--lr-g", "0.002", "--decay-from", "0.5", "--decay-to", "0", "--name", "r"]
     gankit("run", *settings)  # ends at a rate of 0
     gankit("resume", "r", "--steps", "36")
-    rates = {row["step"]: row["lr_g"] for line in Path("runs/r/stats.jsonl").open() if (row := json.loads(line))}
+    rates = {row["step"]: row["lr_g"] for row in rows("stats.jsonl")}
     assert {step: rates[step] for step in (6, 12, 15, 18, 27, 36)} == pytest.approx(
         {6: 0.002, 12: 0.0, 15: 0.002, 18: 0.002, 27: 0.001, 36: 0.0}
     )

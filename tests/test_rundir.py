@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,58 @@ def test_a_full_disk_leaves_no_half_written_checkpoint(run: RunDir, limit: int) 
     assert run.checkpoint("latest").name == "step-000001"
     run.save(weights, {}, 2)
     assert run.checkpoint("latest").name == "step-000002"
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files, then the folder that names them, then its own name, then the folder that holds that: whenever power fails."""
+    happened: list[tuple[str, int | str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        fsync(descriptor)
+        happened.append(("sync", os.fstat(descriptor).st_ino))
+
+    def renamed(source: Path, target: Path) -> None:
+        replace(source, target)
+        happened.append(("rename", target.name))
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    run.save(WEIGHTS, {}, 7)
+    names = {path.lstat().st_ino: path.name for path in (run.checkpoints, *run.checkpoints.rglob("*"))}
+    assert [(what, names.get(which, which)) for what, which in happened] == [
+        ("sync", "generator.safetensors"), ("rename", "generator.safetensors"),
+        ("sync", "state.pt"), ("rename", "state.pt"),
+        ("sync", "step-000007"), ("rename", "step-000007"),
+        ("sync", "checkpoints"), ("rename", "latest"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("deleted", [(), ("state.pt",)])
+def test_pruning_that_is_interrupted_leaves_whole_checkpoints_and_what_is_hidden_goes_later(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, deleted: tuple[str, ...]
+) -> None:
+    for step in (1, 2, 3):
+        run.save(WEIGHTS, {"step": step}, step)
+
+    def killed(path: Path, ignore_errors: bool = False) -> None:
+        if path.exists():
+            for name in deleted:
+                (path / name).unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.prune(1)
+    assert [path.name for path in run.steps()] == ["step-000002", "step-000003"]
+    assert [run.load_state(path)["step"] for path in run.steps()] == [2, 3]
+    (run.checkpoints / ".step-000004.part").mkdir()  # of a save that was killed
+    assert len([*run.checkpoints.glob(".step-*")]) == 2
+    run.trim(3)
+    assert {path.name for path in run.checkpoints.iterdir()} == {"step-000002", "step-000003", "latest"}
+    run.prune(1)
+    assert [path.name for path in run.steps()] == ["step-000003"]
 
 
 def test_writing_replaces_completely_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
