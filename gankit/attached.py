@@ -809,8 +809,8 @@ def attach(
         (B,), (B, 1), (B, 1, 1, 1) or a map (B, 1, h, w).
     plugins: names, names with options, or objects: ``["r1", ("packing", {"m": 4}), GradientPenalty(weight=5)]``.
     encoder: yours, from samples to latents, for plugins that need one; without it they bring their own.
-    optimizers: ``{"d": ..., "g": ...}``, for plugins that act after a step or bring networks; new parameters are added to
-        them as a group.
+    optimizers: ``{"d": ..., "g": ...}``, for plugins that act after a step, continue an optimiser's own steps
+        (``unrolled``) or bring networks; new parameters are added to them as a group.
     loss: the adversarial loss, by name or as a value: that of :meth:`Attached.d_loss` and :meth:`Attached.g_loss`, of
         plugins that unroll D's update, and of refusals.
     latent: what z is drawn from, "normal" or "uniform" on (-1, 1), for plugins that draw more, or bring an encoder.

@@ -330,7 +330,7 @@ def interpolate(
 @click.argument("run", required=False)
 @click.option("--out", default="runs", help="folder that collects runs  [runs]")
 @click.option("-n", "n", default=64, type=click.IntRange(1), show_default=True, help="held-out samples")
-@click.option("--steps", default=200, type=click.IntRange(1), show_default=True, help="of Adam, from each start")
+@click.option("--steps", default=200, type=click.IntRange(1), show_default=True, help="Adam steps from each start")
 @click.option("--restarts", default=3, type=click.IntRange(1), show_default=True, help="starts for each sample")
 @click.option("--seed", default=0, show_default=True, help="of the starts")
 @click.option("--to", metavar="FILE.png", help="where to  [RUN/inversion.png]")
@@ -495,7 +495,13 @@ def explain(**given: Any) -> None:
 @click.option("--data", "data", multiple=True, metavar="NAME", help="only this data set; repeatable")
 @click.option("--out", default="benches", show_default=True, help="folder that collects suites")
 @click.option("--jobs", default="auto", metavar="N|auto", help="runs at a time; auto: as many as there are cores for")
-@click.option("--engine", default="processes", show_default=True, type=click.Choice(["processes", "ray"]), help="where")
+@click.option(
+    "--engine",
+    default="processes",
+    show_default=True,
+    type=click.Choice(["processes", "ray"]),
+    help="on this machine, or as Ray tasks",
+)
 @click.option("--retry", is_flag=True, help="train again what failed")
 @click.option("--dry-run", is_flag=True, help="only list the runs and what there is of them")
 @json_flag

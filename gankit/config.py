@@ -36,13 +36,17 @@ class Config:
         " .npy/.npz/.csv file, module:callable",
     ] = "ring"
     data_root: Annotated[str | None, "folder of the MNIST files (else GANKIT_DATA, else a download)"] = None
-    image_size: Annotated[int | None, "side in pixels to which a folder's images are brought"] = None
+    image_size: Annotated[
+        int | None,
+        "side in pixels to which images are resized (their centre square); else a folder's equal squares up to 64 px keep"
+        " theirs, and others get 32",
+    ] = None
 
     plugin: Annotated[
         tuple[str, ...],
         "switch a plugin on: a name from `gankit plugins`, file.py:Class or module:Class; repeatable",
     ] = ()
-    allow: Annotated[tuple[str, ...], "go on in spite of a refusal, by the name it gives; repeatable"] = ()
+    allow: Annotated[tuple[str, ...], "turn an error that ends in --allow NAME into a warning; repeatable"] = ()
     loss: Annotated[
         LossName,
         "non-saturating, saturating, least-squares (-o loss.a=0 -o loss.b=1 -o loss.c=1), wasserstein, hinge, relativistic"
@@ -52,11 +56,13 @@ class Config:
     network: Annotated[Literal["auto", "mlp", "dcgan", "resnet"], "family of networks; auto: mlp or dcgan"] = "auto"
     generator: Annotated[
         str | None,
-        "your own: module:factory or file.py:factory, called with what it names of shape, z_dim, latent, width, depth",
+        "your own: module:factory or file.py:factory, called with those of shape, z_dim, latent, width, depth that it has"
+        " as arguments",
     ] = None
     discriminator: Annotated[
         str | None,
-        "your own: module:factory or file.py:factory, called with what it names of shapes, shape, z_dim, width, depth",
+        "your own: module:factory or file.py:factory, called with those of shapes, shape, z_dim, width, depth that it has"
+        " as arguments",
     ] = None
     width: Annotated[
         int | None, "hidden units of G (mlp; D has twice as many), or channels next to the image (dcgan, resnet)"
@@ -68,16 +74,18 @@ class Config:
 
     steps: Annotated[int | None, "generator updates in all"] = None
     batch: Annotated[int | None, "samples per update"] = None
-    lr_g: Annotated[float | None, "Adam's rate for the generator (and what trains with it)"] = None
-    lr_d: Annotated[float | None, "Adam's rate for the discriminator; unequal rates are TTUR"] = None
-    beta1: Annotated[float | None, "Adam's first momentum"] = None
-    beta2: Annotated[float | None, "Adam's second momentum"] = None
+    lr_g: Annotated[float | None, "Adam's learning rate for the generator (and what trains with it)"] = None
+    lr_d: Annotated[float | None, "Adam's learning rate for the discriminator; unequal ones are TTUR"] = None
+    beta1: Annotated[float | None, "Adam's beta1, the decay of the first moment (momentum)"] = None
+    beta2: Annotated[float | None, "Adam's beta2, the decay of the second moment"] = None
     d_steps: Annotated[int, "discriminator updates per step (n_critic, n_dis)"] = 1
     simultaneous: Annotated[
-        bool, "G moves together with D instead of after it: each meets the other as it was before"
+        bool, "update D and G at the same time, each against the other as it was; default: D first, then G"
     ] = False
-    decay_from: Annotated[float | None, "share of the steps after which both rates fall linearly; 1: never"] = None
-    decay_to: Annotated[float | None, "share of the rates that is left at the end"] = None
+    decay_from: Annotated[
+        float | None, "share of the steps after which both learning rates fall linearly; 1: never"
+    ] = None
+    decay_to: Annotated[float | None, "share of the learning rates that is left at the end"] = None
 
     seed: Annotated[int, "same seed, same machine, same bits (on a CPU)"] = 0
     device: Annotated[Device, "auto: cuda if there is one"] = "auto"

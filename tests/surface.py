@@ -15,7 +15,10 @@ import gankit
 from gankit import hookspecs
 
 FILE = Path(__file__).with_suffix(".txt")
-MODULES = ("checks", "claims", "functional", "joint", "losses", "networks", "structure", "testing")
+MODULES = (
+    "checks", "claims", "functional", "inversion", "joint", "losses", "metrics", "networks", "provenance", "structure",
+    "testing",
+)  # fmt: skip
 
 
 def signature(value: Any) -> str:

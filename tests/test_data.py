@@ -465,6 +465,10 @@ def test_equal_squares_keep_their_size_and_others_become_32_with_a_warning(tmp_p
     data = load(str(tmp_path))
     assert data.shape == (3, 32, 32)
     assert any("2 different sizes" in line and "image_size" in line for line in summary(data).warnings)
+    large = tmp_path / "large"
+    make_images(large, ["a.png", "b.png"], size=(65, 65))
+    assert load(str(large)).shape == (3, 32, 32) and any("65x65" in note for note in load(str(large)).notes)
+    assert load(str(large), image_size=65).shape == (3, 65, 65)
     wide = tmp_path / "wide"
     make_images(wide, ["a.png", "b.png"], size=(50, 40))
     assert load(str(wide)).shape == (3, 32, 32)
@@ -726,6 +730,12 @@ def test_broken_array_files(tmp_path):
         (tmp_path / name).write_bytes(b"PK\x03\x04 nonsense")
         with pytest.raises(UsageError, match="cannot read"):
             load(str(tmp_path / name))
+    np.savez_compressed(tmp_path / "z.npz", x=np.random.default_rng(0).integers(0, 9, (50, 50)))
+    content = bytearray((tmp_path / "z.npz").read_bytes())
+    content[200:400] = bytes(200)
+    (tmp_path / "z.npz").write_bytes(content)
+    with pytest.raises(UsageError, match="cannot read"):
+        load(str(tmp_path / "z.npz"))
     np.savez(tmp_path / "o.npz", x=np.array([{}, {}], object))
     with pytest.raises(UsageError, match="numbers"):
         load(str(tmp_path / "o.npz"))
@@ -830,6 +840,7 @@ def test_csv_constant_columns_and_scales_are_told(tmp_path):
         ("a,b\n1,\n,2\n", "only 0 of 2 rows"),
         ("a,b\n1,2\n", "at least 2"),
         ("a,b\n1,2\n3,inf\n", "NaN or infinite.*'b'"),
+        ('a,b\n1,2\n3,"4' + "\n5,6" * 40_000, "after line 2 .* quotation mark left open"),
     ],
 )
 def test_csv_that_is_refused(tmp_path, text, match):
@@ -869,6 +880,7 @@ def generator(): return (row for row in x)
 def labelled(): return ((row, torch.tensor(k)) for row, k in zip(x, y))
 def torch_dataset(): return Endless()
 def loader(): return torch.utils.data.DataLoader(Endless(), batch_size=4)
+def without_labels(): return torch.utils.data.TensorDataset(torch.as_tensor(x))
 def own():
     from gankit.data import Dataset, Modes, Store
     return Dataset("own", Store(torch.zeros(5, 2)), Store(torch.ones(3, 2)), modes=Modes(torch.zeros(1, 2), 1.0, 3.0))
@@ -907,7 +919,7 @@ def test_module_and_file(mydata, form):
     assert sys.path == path
 
 
-@pytest.mark.parametrize("name", ["tensor", "generator", "Endless.make", "plain_pairs"])
+@pytest.mark.parametrize("name", ["tensor", "generator", "Endless.make", "plain_pairs", "without_labels"])
 def test_callables_without_labels(mydata, name):
     data = load(f"mydata:{name}")
     assert data.labels is None
@@ -930,6 +942,8 @@ def test_callable_of_pictures_and_of_a_data_set(mydata):
     assert calls[-1] == (10, 10)
     own = load("mydata:own")
     assert (own.name, len(own), own.modes.radius) == ("own", 5, 3.0)
+    with pytest.raises(UsageError, match="leave image_size out"):
+        load("mydata:own", image_size=2)
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ class Reader:
                 self.toml(block)
             case "diff":
                 assert "test_existing_loops" not in block.text  # compared there, line by line
-            case "" if block.text.split()[0] in COMMANDS:
+            case "" if " ".join(lines_of(block.text)).partition(" ")[0] in COMMANDS:
                 for line in lines_of(block.text):
                     self.shell(line, "try")
             case "":

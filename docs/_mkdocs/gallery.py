@@ -22,6 +22,7 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from gankit.config import RECIPES, Config
 from gankit.options import Option, options_of, type_name
 from gankit.plugins import find
 
@@ -154,8 +155,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Put the pictures of the ring where the start page wants them."""
-    return markdown.replace("<!-- ring -->", ring())
+    """Put the pictures of the ring where the start page wants them, and the tables of settings on their page."""
+    markdown = markdown.replace("<!-- ring -->", ring()) if "<!-- ring -->" in markdown else markdown
+    return re.sub(r"<!-- settings: .*? -->", lambda match: settings(), markdown)
 
 
 # --- Pages ---
@@ -281,7 +283,7 @@ def combinations(name: str) -> str:
         else:
             (images if reasons["v"] else both).append(other)
     lines = [
-        "Three steps with each other plugin, in both orders, on vectors and on images; "
+        "Two steps with each other plugin, in both orders, on vectors and on images; "
         "[the whole table](../../docs/compatibility.md).\n"
     ]
     if both:
@@ -322,6 +324,24 @@ def verdicts() -> dict[tuple[str, str, str], str]:
     return found
 
 
+def settings() -> str:
+    """Every setting of a run by section: flag, default or the recipes' values, meaning."""
+    from gankit.cli import SECTIONS
+
+    known = options_of(Config)
+    parts = []
+    for section, names in SECTIONS.items():
+        parts.append(f"## {section.capitalize()}\n\n| flag | default | |\n|---|---|---|")
+        for name in names:
+            recipes = [f"{kind} `{recipe[name]}`" for kind, recipe in RECIPES.items() if name in recipe]
+            usual = ", ".join(recipes) or (
+                "none" if known[name].default in (None, ()) else default(known[name].default)
+            )
+            text = cell(re.sub(r"\s*\[.*\]$", "", known[name].help))
+            parts[-1] += f"\n| `--{name.replace('_', '-')}` | {usual} | {text} |"
+    return "\n\n".join(parts)
+
+
 # --- Pictures and measured figures ---
 
 
@@ -354,9 +374,10 @@ def figures(name: str) -> str:
 
 @functools.cache
 def means(name: str, data: str) -> tuple[float, float] | None:
-    """Mean modes and high quality of a plugin's seeds in tests/benchmarks/outcomes.json."""
+    """Mean modes and high quality of a plugin's first five seeds in tests/benchmarks/outcomes.json."""
     rows = json.loads((ROOT / "tests" / "benchmarks" / "outcomes.json").read_text())
     rows = [row for row in rows if (row["plugin"], row["data"]) == (name, data) and "failed" not in row]
+    rows = [row for row in rows if row["seed"] < 5]
     if not rows:
         return None
     return statistics.mean(row["modes"] for row in rows), statistics.mean(row["high_quality"] for row in rows)

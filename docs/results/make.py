@@ -1,4 +1,4 @@
-"""Writes docs/results.md and its first table in the README from the result files beside this script.
+"""Writes docs/results.md and the README's tables from the files beside this script and tests/benchmarks/outcomes.json.
 
 With arguments, adds the rows of these files first:
 
@@ -8,8 +8,10 @@ Beside a suite's tables stands what a person has to say of them, ``notes/<suite>
 ``pictures/<suite>-<data>.png``, which are ``samples-<data>.png`` of the suite's folder.
 """
 
+import json
 import math
 import re
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,12 +29,14 @@ from gankit.terminal import shown
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "results.md"
 README = HERE.parents[1] / "README.md"
+OUTCOMES = HERE.parents[1] / "tests" / "benchmarks" / "outcomes.json"
 HEAD = """# Results
 
 Every table below is made from a committed file in [docs/results](results), which `gankit bench SUITE` wrote. Below each
-stands how to repeat a line of it. [Benchmarks](bench.md) says what the columns are. A suite is gankit's own recipe or repeats
-a paper's protocol; the line under its title says which. The papers' figures stand where they are to be looked for, not to be
-compared by: networks, lengths of training, averaging and the number of samples are others, and more samples find more modes.
+stands how to repeat a line of it. [Benchmarks](bench.md) says what the columns are. A suite is gankit's own recipe or
+repeats a paper's protocol; the line under its title says which. The papers' figures stand where they are to be looked for,
+not to be compared by: networks, lengths of training, averaging and the number of samples are others, and more samples find
+more modes.
 """
 NOTES = HERE / "notes"
 PICTURES = HERE / "pictures"
@@ -61,11 +65,32 @@ def committed() -> Results:
 
 
 def readme() -> str:
-    """The README with the first table as the files have it."""
-    block = f"<!-- at a glance -->\n\n{at_a_glance(committed(), 'docs/results.md')}\n\n<!-- end -->"
-    text, count = re.subn(r"<!-- at a glance -->.*?<!-- end -->", lambda _: block, README.read_text(), flags=re.DOTALL)
-    assert count == 1, f"{README} has {count} places for the first table"
+    """The README with its tables as the files have them."""
+    text = README.read_text()
+    for name, table in {"at a glance": at_a_glance(committed(), "docs/results.md"), "first commands": first()}.items():
+        block, place = f"<!-- {name} -->\n\n{table}\n\n<!-- end -->", rf"<!-- {name} -->.*?<!-- end -->"
+        text, count = re.subn(place, lambda _, block=block: block, text, flags=re.DOTALL)
+        assert count == 1, f"{README} has {count} places for {name!r}"
     return text
+
+
+def first() -> str:
+    """What `gankit run --plugin pairwise_gp` and `--plugin bigan` give on the ring, seed by seed."""
+    rows = [row for row in json.loads(OUTCOMES.read_text()) if row["data"] == "ring"]
+    lines = [
+        "| `gankit run --plugin ...` | modes of 8, seed by seed | all 8 | high quality, mean (least) | reverse KL, mean |",
+        "|---|---|---|---|---|",
+    ]
+    for plugin in ("pairwise_gp", "bigan"):
+        mine = sorted((row for row in rows if row["plugin"] == plugin), key=lambda row: int(row["seed"]))
+        modes = [round(row["modes"]) for row in mine]
+        quality, kl = ([row[name] for row in mine] for name in ("high_quality", "reverse_kl"))
+        cells = [
+            f"`{plugin}`", " ".join(map(str, modes)), f"{modes.count(8)} of {len(mine)}",
+            f"{statistics.fmean(quality):.1%} ({min(quality):.1%})", f"{statistics.fmean(kl):.4f}",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def page() -> str:
@@ -111,8 +136,9 @@ def at_a_glance(known: Results, address: str = "") -> str:
 
 LEGEND = """Modes captured, samples of high quality, reverse KL to equal shares of the modes (heavy-mode: how many times the
 worst share is off), as means over seeds. A baseline has the recipe's networks and, on points, its rates, which were chosen
-for the recipe: slower rates or other networks can be better for it, as the sections say. Of the papers' rows in the suites it
-is the one of the lowest KL, or of the most modes where none is stated. The sections have intervals, tests, and the other methods."""
+for the recipe: slower rates or other networks can be better for it, as the sections say. Of the papers' rows in the
+suites it is the one of the lowest KL, or of the most modes where none is stated. The sections have intervals, tests, and
+the other methods."""
 WORDS = {
     "modes": "{} modes",
     "high_quality": "{}",

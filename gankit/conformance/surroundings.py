@@ -248,7 +248,11 @@ def own_loop(bench: Bench) -> None:
             found = works(what, kind, lambda kind=kind, route=route: _own_loop(bench, kind, route))  # type: ignore[misc]
             if found and wanted is None:
                 wanted = works("on networks of one's own", kind, lambda kind=kind: _gankits_loop(bench, kind))  # type: ignore[misc]
-            for (phase, step, terms), (*_, right) in zip(found or (), wanted or (), strict=False):
+            if found is None or wanted is None:  # refused
+                continue
+            updates = f"{len(found)} updates {what} on {kind}s, {len(wanted)} in gankit's own loop"
+            expect(len(found) == len(wanted), f"{updates}: it stops one of the two")
+            for (phase, step, terms), (*_, right) in zip(found, wanted, strict=True):
                 where = f"{what}, on {kind}s, in step {step}"
                 expect(
                     terms.keys() == right.keys(),

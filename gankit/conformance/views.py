@@ -181,10 +181,10 @@ def _replayed(gan: GAN, plugin: object, batch: Batch, phase: str = "d") -> View:
 
 def _same(one: View, two: View) -> bool:
     """Equal shapes and values, not a number included."""
-    pairs = [*zip((*one.real, *one.fake), (*two.real, *two.fake), strict=False)]
-    return len(one.real) == len(two.real) and all(
-        a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs
-    )
+    if (len(one.real), len(one.fake)) != (len(two.real), len(two.fake)):
+        return False
+    pairs = zip((*one.real, *one.fake), (*two.real, *two.fake), strict=True)
+    return all(a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
 
 
 def view_keeps_others(bench: Bench) -> None:

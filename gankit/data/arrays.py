@@ -155,7 +155,11 @@ def from_callable(spec: str, image_size: int | None, progress: Progress | None) 
             where = traceback.extract_tb(error.__traceback__)[-1]
             place = "" if where.filename == __file__ else f" (line {where.lineno} of {where.filename})"
             raise UsageError(f"{spec} failed with {type(error).__name__}: {error}{place}") from error
-    return x if isinstance(x, Dataset) else from_arrays(spec, x, y, image_size=image_size)
+    if not isinstance(x, Dataset):
+        return from_arrays(spec, x, y, image_size=image_size)
+    if image_size is not None:
+        raise UsageError(f"{spec} returns a Dataset, which has the size it has: leave image_size out")
+    return x
 
 
 def _as_numpy(values: ArrayLike | Tensor) -> Array:

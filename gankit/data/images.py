@@ -21,6 +21,7 @@ from gankit.errors import UsageError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 DEFAULT_SIZE = 32
+LARGEST_KEPT = 64  # pixels a side; nobody means to train on photographs as they come from a camera
 _UNREADABLE = (
     OSError, ValueError, SyntaxError, RuntimeError, NotImplementedError, EOFError, struct.error, zlib.error,
     zipfile.BadZipFile, Image.DecompressionBombError,
@@ -39,8 +40,8 @@ def image_folder(spec: str, path: Path, image_size: int | None, progress: Progre
     Hidden files and __MACOSX are ignored. Classes are the first-level folders when all images lie in such,
     and there are none when an image lies at the top; a single top folder of class folders is stepped into.
     RGB when any image has colour, else grey; transparency is dropped, EXIF rotation applied, and of an
-    animation the first frame taken. The size is image_size or, when all images are squares of one size,
-    theirs; otherwise the centre squares are resized to 32 (antialiased bicubic), which `notes` say.
+    animation the first frame taken. The size is image_size or, when all images are squares of one size up to
+    64, theirs; otherwise the centre squares are resized to 32 (antialiased bicubic), which `notes` say.
 
     Raises UsageError when there is no image or one cannot be read.
     """
@@ -156,7 +157,7 @@ def _target(spec: str, image_size: int | None, sizes: list[tuple[int, int]]) -> 
     counts = Counter(sizes)
     (width, height), _ = counts.most_common(1)[0]
     if image_size is None:
-        if len(counts) == 1 and width == height:
+        if len(counts) == 1 and width == height <= LARGEST_KEPT:
             return width, ()
         what = (
             f"the images of {spec} are {width}x{height}"
