@@ -310,7 +310,7 @@ def test_a_reason_is_what_was_said_and_by_whom(said: str, reason: str) -> None:
 
 
 def test_a_stopped_suite_continues_to_the_same_numbers(tmp_path: Path) -> None:
-    path = suite_file(tmp_path, steps=300)
+    path = suite_file(tmp_path, steps=600)
     command = [sys.executable, "-m", "gankit", "bench", str(path), "--out", str(tmp_path / "a"), "--seeds", "1"]
     command += ["--jobs", "1", "--method", "r1"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
