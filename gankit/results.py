@@ -19,7 +19,7 @@ from scipy import stats
 
 from gankit import config as configuration
 from gankit import inversion
-from gankit.bench import FAILED, Cell, Suite, state_of
+from gankit.bench import FAILED, Cell, Suite, shipped, state_of
 from gankit.errors import UsageError
 from gankit.files import write_atomic
 from gankit.pictures import save_png, sheet
@@ -367,16 +367,23 @@ def markdown(suite: Suite, rows: Sequence[Row], pictures: Mapping[str, str] | No
         parts.append("\n".join([_md(header), _md(["---"] * len(header)), *map(_md, body)]))
         parts += [f"`{line.method}` failed: {'; '.join(line.failed)}." for line in table.lines if line.failed]
     parts.append(legend(suite))
-    cells = (cell for cell in suite.cells() if cell.seed == suite.first_seed)
-    commands = "\n".join(f"# {cell.data}, {cell.method}\n{suite.command(cell)}" for cell in cells)
-    parts.append(
-        f"`gankit bench {suite.name} --method NAME --seeds 1` repeats the first seed of a line. So does, by itself:\n\n"
-        f'<details markdown="1">\n<summary>gankit run ... of each line</summary>\n\n```\n{commands}\n```\n\n</details>'
-    )
+    parts.append(repeating(suite))
     for data, address in (pictures or {}).items():
         parts.append(f"What the first seed of each method makes on {data} in the end:")
         parts.append(f"![samples of each method on {data}]({address})")
     return "\n\n".join(parts) + "\n"
+
+
+def repeating(suite: Suite) -> str:
+    """How to train the first seed of each line again, within the suite or by itself."""
+    name = suite.name if suite.name in shipped() else f"{suite.name}.toml"
+    first = [cell for cell in suite.cells() if cell.seed == suite.first_seed]
+    commands = "\n".join(f"# {cell.data}, {cell.method}\n{suite.command(cell)}" for cell in first)
+    seeds = f"{suite.first_seed}-{suite.first_seed}"
+    return (
+        f"`gankit bench {name} --method NAME --seeds {seeds}` repeats the first seed of a line. So does, by itself:\n\n"
+        f'<details markdown="1">\n<summary>gankit run ... of each line</summary>\n\n```\n{commands}\n```\n\n</details>'
+    )
 
 
 def _apart(mine: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> list[str]:
