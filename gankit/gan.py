@@ -422,7 +422,7 @@ class GAN:
             self.stream(name).set_state(value.cpu())  # states are set from the CPU, and loading may have mapped them
         cpu, *gpus = (value.cpu() for value in own["global_rngs"])
         torch.set_rng_state(cpu)
-        for gpu, value in zip(self._gpus(), gpus, strict=True):
+        for gpu, value in zip(self._gpus(), gpus, strict=False):  # older versions kept those of GPUs that are not used
             torch.cuda.set_rng_state(value, gpu)
         for name, value in own["plugins"].items():
             plugin: Any = self.manager.get_plugin(name)

@@ -8,7 +8,7 @@ import statistics
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from scipy import stats
 
 from gankit import config as configuration
 from gankit import inversion
-from gankit.bench import FAILED, Cell, Suite, shipped, state_of
+from gankit.bench import FAILED, Cell, Suite, state_of
 from gankit.errors import UsageError
 from gankit.files import write_atomic
 from gankit.pictures import save_png, sheet
@@ -367,22 +367,22 @@ def markdown(suite: Suite, rows: Sequence[Row], pictures: Mapping[str, str] | No
         parts.append("\n".join([_md(header), _md(["---"] * len(header)), *map(_md, body)]))
         parts += [f"`{line.method}` failed: {'; '.join(line.failed)}." for line in table.lines if line.failed]
     parts.append(legend(suite))
-    parts.append(repeating(suite))
+    parts.append(repeating(suite, rows))
     for data, address in (pictures or {}).items():
         parts.append(f"What the first seed of each method makes on {data} in the end:")
         parts.append(f"![samples of each method on {data}]({address})")
     return "\n\n".join(parts) + "\n"
 
 
-def repeating(suite: Suite) -> str:
-    """How to train the first seed of each line again, within the suite or by itself."""
-    name = suite.name if suite.name in shipped() else f"{suite.name}.toml"
-    first = [cell for cell in suite.cells() if cell.seed == suite.first_seed]
-    commands = "\n".join(f"# {cell.data}, {cell.method}\n{suite.command(cell)}" for cell in first)
-    seeds = f"{suite.first_seed}-{suite.first_seed}"
+def repeating(suite: Suite, rows: Sequence[Row]) -> str:
+    """The ``gankit run`` of the first seed of each line."""
+    there = {(row.data, row.method) for row in rows}
+    first = [cell for cell in suite.cells() if cell.seed == suite.first_seed and (cell.data, cell.method) in there]
+    names = [", ".join([c.data, c.method, *([f"{c.steps:,} steps"] if c.steps else [])]) for c in first]
+    commands = "\n".join(f"# {name}\n{suite.command(cell)}" for name, cell in zip(names, first, strict=True))
     return (
-        f"`gankit bench {name} --method NAME --seeds {seeds}` repeats the first seed of a line. So does, by itself:\n\n"
-        f'<details markdown="1">\n<summary>gankit run ... of each line</summary>\n\n```\n{commands}\n```\n\n</details>'
+        '<details markdown="1">\n<summary>The command that trains the first seed of each line by itself</summary>\n\n'
+        f"```\n{commands}\n```\n\n</details>"
     )
 
 
@@ -525,7 +525,8 @@ def load(path: Path) -> tuple[Suite, list[Row]]:
     try:
         content = json.loads(path.read_text())
         suite = Suite(**{**content["suite"], "steps": tuple(content["suite"]["steps"])})
-        return suite, [Row(**row) for row in content["rows"]]
+        known = {f.name for f in fields(Row)}  # older versions had more
+        return suite, [Row(**{key: value for key, value in row.items() if key in known}) for row in content["rows"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} holds no results of gankit bench: {error}") from None
 

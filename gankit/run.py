@@ -118,8 +118,12 @@ def choose_threads(gan: GAN) -> int:
 
 
 def code_of(spec: str) -> str:
-    """The state of the file that a factory of networks lies in; of gankit's own, its version."""
-    return __version__ if spec.startswith("gankit.") else version_of(load_object(spec)[1])
+    """The state of the file that ``spec`` names, which is loaded already; of gankit's own networks, their version."""
+    where = spec.rpartition(":")[0]
+    if where.startswith("gankit."):
+        return __version__
+    file = where if where.endswith(".py") else sys.modules[where].__file__
+    return version_of(Path(file).expanduser() if file else None)
 
 
 def assemble(config: Config, shape: tuple[int, ...], core: Mapping[str, object]) -> tuple[GAN, list[Source]]:
@@ -250,7 +254,8 @@ class Session:
     def _checkpoint(self) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
         checkpoint = self.run.checkpoint("latest")
         state = self.run.load_state(checkpoint)
-        changed = configuration.differences(state["facts"], self.saver.facts)
+        since = {name: self.saver.facts[name] for name in ("networks", "data")}  # which older versions did not record
+        changed = configuration.differences({**since, **state["facts"]}, self.saver.facts)
         changed = [change for change in changed if not change.startswith("config.steps:")]
         if changed:
             raise UsageError(

@@ -102,7 +102,6 @@ class Stats:
         self.shares: dict[str, float] = {}
         self.backward_ms: dict[str, list[float]] = {}
         self.sums: dict[str, Any] = {}
-        self.counts: dict[str, int] = {}
         self.updates = {"d": 0, "g": 0}
         self.probed: tuple[int, str] | None = None
         self.probes = 0
@@ -119,7 +118,6 @@ class Stats:
                 raise Diverged(_diverged(step, phase, name, value))
             key = f"{phase}_loss/{name}"
             self.sums[key] = self.sums.get(key, 0.0) + value
-            self.counts[key] = self.counts.get(key, 0) + 1
         self.updates[phase] += 1
         if phase == "d":
             return
@@ -132,15 +130,14 @@ class Stats:
 
     def line(self, gan: GAN, step: int) -> None:
         """Write what was gathered since the last line."""
-        means = {key: float(total) / self.counts[key] for key, total in self.sums.items()}
+        # over all updates: a term that acts in every k-th one, k times as strong, counts as one that always does
+        means = {key: float(total) / self.updates[key.partition("_")[0]] for key, total in self.sums.items()}
         for key, value in means.items():
             if not math.isfinite(value):
                 phase, name = key.split("_loss/")
                 raise Diverged(_diverged(step, phase, name, value))
-        totals = {  # a term that acts in every k-th update only has its mean over those updates, and its share in the loss
-            f"{phase}_loss": sum(float(v) for key, v in self.sums.items() if key.startswith(f"{phase}_loss/"))
-            / max(updates, 1)
-            for phase, updates in self.updates.items()
+        totals = {
+            f"{phase}_loss": sum(v for key, v in means.items() if key.startswith(f"{phase}_loss/")) for phase in "dg"
         }
         now = time.perf_counter()
         self.last = {
@@ -153,7 +150,7 @@ class Stats:
             "ms/step": 1000 * (now - self.started) / max(self.steps, 1),
         }
         self.write(self.last)
-        self.sums, self.counts, self.updates, self.started, self.steps = {}, {}, {"d": 0, "g": 0}, now, 0
+        self.sums, self.updates, self.started, self.steps = {}, {"d": 0, "g": 0}, now, 0
 
     def pause(self, seconds: float) -> None:
         """Leave time spent on evaluation and checkpoints out of ``ms/step``."""
@@ -274,7 +271,7 @@ class Evaluator:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Undo :meth:`state_dict`."""
-        self.best, self.at = state["best"], state["at"]
+        self.best, self.at = state["best"], state.get("at", 0)
 
 
 def measure(gan: GAN, truth: Dataset | None = None) -> dict[str, float]:

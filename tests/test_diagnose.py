@@ -535,14 +535,23 @@ def test_what_suggestions_say_was_measured_was_so() -> None:
 
     checked = 0
     for name, text in {**MEASURED, "none_slow": SLOWER}.items():
-        own = text.partition(", where no plugin had")[0]
+        own, _, none = text.partition(", where no plugin had")
         for number, of in re.findall(r"(\d+\.\d) of (8|25)", own):
             assert number == f"{mean(name, {'8': 'ring', '25': 'grid'}[of], 'modes'):.1f}", name
             checked += 1
-        for percent in re.findall(r"(\d+) %", own)[-1:]:
-            assert percent == f"{100 * mean(name, 'grid', 'high_quality'):.0f}", name
+        found = re.findall(r"(?:(\d+) and )?(\d+) %", own)
+        for ring, grid in found:
+            percents = [f"{100 * mean(name, data, 'high_quality'):.0f}" for data in ("ring", "grid")]
+            assert grid == percents[1] and ring in ("", percents[0]), name
             checked += 1
-    assert checked > 10
+        if none:
+            modes, qualities = (
+                [mean("none", data, column) for data in ("ring", "grid")] for column in ("modes", "high_quality")
+            )
+            expected = f" {modes[0]:.1f} and {modes[1]:.1f}, {100 * qualities[0]:.0f} and {100 * qualities[1]:.0f} %;"
+            assert none.startswith(expected)
+            checked += 1
+    assert checked > 12
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------

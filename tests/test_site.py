@@ -17,6 +17,8 @@ from urllib.parse import unquote
 
 import pytest
 
+from gankit.cli import main
+
 ROOT = Path(__file__).parents[1]
 PLUGINS = sorted(path.parent.name for path in ROOT.glob("plugins/*/pyproject.toml"))
 ASSETS = ROOT / "docs" / "assets" / "ring"
@@ -200,3 +202,12 @@ def test_the_pictures_of_the_ring_are_the_measured_runs(pages: dict[str, Html]) 
         assert f"{row['modes']:.0f} modes, {row['high_quality']:.1%}" in pages["index.html"].text
         assert f"assets/ring/{row['plugin']}.png" in map(unquote, pages["index.html"].loads)
     assert sum(path.stat().st_size for path in ASSETS.iterdir()) < 300_000
+
+
+def test_the_page_of_settings_has_each_flag_with_its_default(gallery: ModuleType) -> None:
+    rows = dict(re.findall(r"^\| `(--[a-z0-9-]+)` \| (.*?) \| .+ \|$", gallery.settings(), re.MULTILINE))
+    flags = {option for param in main.commands["run"].params for option in param.opts if option.startswith("--")}  # type: ignore[attr-defined]
+    assert flags - rows.keys() == {"--set", "--config", "--dry-run", "--report", "--json"}
+    assert rows["--save-every"] == rows["--eval-every"] == "a tenth of the steps"
+    assert rows["--lr-d"] == "plane `0.003`, vector `0.0005`, image `0.0005`"
+    assert (rows["--data"], rows["--image-size"], rows["--keep"]) == ("`ring`", "none", "`2`")

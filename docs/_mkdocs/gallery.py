@@ -334,11 +334,10 @@ def settings() -> str:
         parts.append(f"## {section.capitalize()}\n\n| flag | default | |\n|---|---|---|")
         for name in names:
             recipes = [f"{kind} `{recipe[name]}`" for kind, recipe in RECIPES.items() if name in recipe]
-            usual = ", ".join(recipes) or (
-                "none" if known[name].default in (None, ()) else default(known[name].default)
-            )
-            text = cell(re.sub(r"\s*\[.*\]$", "", known[name].help))
-            parts[-1] += f"\n| `--{name.replace('_', '-')}` | {usual} | {text} |"
+            text, _, stated = known[name].help.removesuffix("]").partition("  [")
+            unset = known[name].default in (None, ())
+            usual = ", ".join(recipes) or stated or ("none" if unset else default(known[name].default))
+            parts[-1] += f"\n| `--{name.replace('_', '-')}` | {usual} | {cell(text)} |"
     return "\n\n".join(parts)
 
 

@@ -32,11 +32,11 @@ README = HERE.parents[1] / "README.md"
 OUTCOMES = HERE.parents[1] / "tests" / "benchmarks" / "outcomes.json"
 HEAD = """# Results
 
-Every table below is made from a committed file in [docs/results](results), which `gankit bench SUITE` wrote. Below each
-stands how to repeat a line of it. [Benchmarks](bench.md) says what the columns are. A suite is gankit's own recipe or
-repeats a paper's protocol; the line under its title says which. The papers' figures stand where they are to be looked for,
-not to be compared by: networks, lengths of training, averaging and the number of samples are others, and more samples find
-more modes.
+Every table below is made from a committed file in [docs/results](results), which `gankit bench SUITE` wrote:
+`gankit bench ring --method r3gan --seeds 1` repeats the first seed of a line, and so does its command below the table.
+[Benchmarks](bench.md) says what the columns are. A suite is gankit's own recipe or repeats a paper's protocol; the line
+under its title says which. The papers' figures stand where they are to be looked for, not to be compared by: networks,
+lengths of training, averaging and the number of samples are others, and more samples find more modes.
 """
 NOTES = HERE / "notes"
 PICTURES = HERE / "pictures"
