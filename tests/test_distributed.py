@@ -105,7 +105,7 @@ def test_latents_and_samples_are_one_stream_of_which_each_takes_its_rows(found: 
 def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     gan = trained(Team(), {}, steps=0)
     monkeypatch.setattr(running, "WORTH_THREADS", 0)
-    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)), raising=False)
     assert running.choose_threads(gan) == 8
     gan.team = Team(0, 1, here=5)
     assert running.choose_threads(gan) == 3
