@@ -48,7 +48,8 @@ ERRORS = 3.0
 # Distance from x to G(E(x)), of the distance to samples of G that have nothing to do with x; E that inverts G: below 0.25.
 ASTRAY: Levels = (0.35, 0.5, 0.8)
 STILL = 1e-9  # relative change of a norm of weights in which nothing moves; rounding is far below, any step far above
-FAR, SLOW = 4.0, 10.0  # times above a recipe's rate, and below it, where slower ones are a remedy
+# Times above a recipe's rate, and below it, where a tenth (of three digits) is a remedy.
+FAR, SLOW = 4.0, 10.1
 FLAT = 1e-6  # relative change of a loss that does not move: batches alone change it more, unless D is constant
 # Root mean square gradient of G. Adam's steps shrink below its epsilon, 1e-8; rates are meant for 1e-5 and more.
 VANISHED: Levels = (1e-6, 3e-7, 1e-7)
@@ -247,7 +248,7 @@ def slower(record: Record, why: str, g: float = 1.0, d: float = 1.0) -> Suggesti
 def usual_rates(record: Record) -> Iterator[Suggestion]:
     """The rates of the recipe, where the run's are far from them."""
     usual = {p: RECIPES[record.kind][f"lr_{p}"] for p in "gd"}
-    if any(not 0.99 * usual[p] / SLOW <= record.rate(p) <= usual[p] * FAR for p in "gd"):
+    if any(not usual[p] / SLOW <= record.rate(p) <= usual[p] * FAR for p in "gd"):
         why = "the rates that gankit run has for such data; docs/decisions/0005"
         yield rates(record, why, {f"lr_{p}": rate for p, rate in usual.items()})
 

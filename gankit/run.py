@@ -254,7 +254,8 @@ class Session:
     def _checkpoint(self) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
         checkpoint = self.run.checkpoint("latest")
         state = self.run.load_state(checkpoint)
-        since = {name: self.saver.facts[name] for name in ("networks", "data")}  # which older versions did not record
+        # what older versions did not record
+        since = {"processes": 1, **{name: self.saver.facts[name] for name in ("networks", "data")}}
         changed = configuration.differences({**since, **state["facts"]}, self.saver.facts)
         changed = [change for change in changed if not change.startswith("config.steps:")]
         if changed:
@@ -288,8 +289,8 @@ class Session:
 
     def _conclude(self, seconds: float, signal: int | None) -> Result:
         """Record how training ended."""
-        truth, *evaluations = self.run.rows("metrics.jsonl")
-        lines = self.run.rows("stats.jsonl")
+        record = Record.read(self.run)
+        truth, *evaluations = record.metrics
         before = self.run.read_json("summary.json")["seconds"] if (self.run.path / "summary.json").exists() else 0.0
         result = Result(
             run=self.run,
@@ -298,11 +299,11 @@ class Session:
             steps=self.steps,
             metrics={k: v for k, v in evaluations[-1].items() if k != "step"} if evaluations else {},
             truth={k: v for k, v in truth.items() if k != "step"},
-            stats=lines[-1] if lines else {},
+            stats=dict(record.stats[-1]) if record.stats else {},
             seconds=before + seconds,
             plugins=list(self.plugins),
             signal=signal,
-            findings=diagnose(Record.read(self.run)).findings,
+            findings=diagnose(record).findings,
         )
         self.run.write_json("summary.json", result.plain())
         return result

@@ -156,8 +156,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Put the pictures of the ring where the start page wants them, and the tables of settings on their page."""
-    markdown = markdown.replace("<!-- ring -->", ring()) if "<!-- ring -->" in markdown else markdown
-    return re.sub(r"<!-- settings: .*? -->", lambda match: settings(), markdown)
+    for mark, made in {r"<!-- ring -->": ring, r"<!-- settings: .*? -->": settings}.items():
+        markdown = re.sub(mark, lambda match, made=made: made(), markdown)
+    return markdown
 
 
 # --- Pages ---
@@ -375,8 +376,9 @@ def figures(name: str) -> str:
 def means(name: str, data: str) -> tuple[float, float] | None:
     """Mean modes and high quality of a plugin's first five seeds in tests/benchmarks/outcomes.json."""
     rows = json.loads((ROOT / "tests" / "benchmarks" / "outcomes.json").read_text())
-    rows = [row for row in rows if (row["plugin"], row["data"]) == (name, data) and "failed" not in row]
-    rows = [row for row in rows if row["seed"] < 5]
+    rows = [
+        row for row in rows if (row["plugin"], row["data"]) == (name, data) and row["seed"] < 5 and "failed" not in row
+    ]
     if not rows:
         return None
     return statistics.mean(row["modes"] for row in rows), statistics.mean(row["high_quality"] for row in rows)

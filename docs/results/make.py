@@ -42,9 +42,9 @@ NOTES = HERE / "notes"
 PICTURES = HERE / "pictures"
 # sets whose samples the papers count within another radius, see the suite's note
 COUNTED_OTHERWISE = ("gaussians1200",)
-# sets whose first figures do not tell all
-FURTHER = {"gaussians1200": "energy_distance"}
-HEADLINE = ("modes", "high_quality", "reverse_kl", "worst_share_ratio")
+# what the first table shows, and of sets of which this does not tell all
+SHOWN = ("modes", "high_quality", "reverse_kl", "worst_share_ratio")
+FURTHER = {"gaussians1200": (*SHOWN, "energy_distance")}
 # gankit's recipe for each suite, for the first table
 RECIPES = {
     "ring": "r3gan",
@@ -122,21 +122,22 @@ def at_a_glance(known: Results, address: str = "") -> str:
             if len(found) < len(lines_of):
                 raise UsageError(f"{name}: a method stands in two tables of {data}, and this one has place for one")
             table, line = found[recipe]
-            more = FURTHER.get(data, "")
-            base = _means(*found[suite.baseline], line.steps, more) if suite.baseline in found else "-"
+            names = FURTHER.get(data, SHOWN)
+            base = _means(*found[suite.baseline], line.steps, names) if suite.baseline in found else "-"
             papers = [row for other, _ in known.values() for row in other.published if row["data"] == data]
             best = min(papers, key=lambda row: (row.get("reverse_kl", math.inf), -row["modes"]), default=None)
             unfit = best is None or name != data or data in COUNTED_OTHERWISE
             paper = "-" if unfit else f"{best['source']}: {_values(best)}"
             link = f"[{data}{'' if name == data else f', suite {name}'}]({address}#{slugify(suite.title, '-')})"
-            cells = [link, base, _means(table, line, line.steps, more), _values(table.truth, more), paper]
+            cells = [link, base, _means(table, line, line.steps, names), _values(table.truth, names), paper]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 LEGEND = """Modes captured, samples of high quality, reverse KL to equal shares of the modes (heavy-mode: how many times the
-worst share is off), as means over seeds. A baseline has the recipe's networks and, on points, its rates, which were chosen
-for the recipe: slower rates or other networks can be better for it, as the sections say. Of the papers' rows in the
+worst share is off), as means over seeds. A baseline has the recipe's networks (heavy-mode's has another D) and, on
+points, its rates, which were chosen for the recipe: at slower rates or with other networks a GAN without a regularizer can
+find more modes, as the sections say. Of the papers' rows in the
 suites it is the one of the lowest KL, or of the most modes where none is stated. The sections have intervals, tests, and
 the other methods."""
 WORDS = {
@@ -148,18 +149,16 @@ WORDS = {
 }
 
 
-def _means(table: results.Table, line: results.Line, steps: int, more: str = "") -> str:
+def _means(table: results.Table, line: results.Line, steps: int, names: Sequence[str]) -> str:
     found = {name: line.estimates[name].mean for name in results.chosen(table) if name in line.estimates}
     length = "" if line.steps == steps else f", {line.steps:,} steps"
-    return f"`{line.method}`, {line.seeds} seed{'s' * (line.seeds != 1)}{length}: {_values(found, more)}"
+    return f"`{line.method}`, {line.seeds} seed{'s' * (line.seeds != 1)}{length}: {_values(found, names)}"
 
 
-def _values(found: Mapping[str, Any], more: str = "") -> str:
+def _values(found: Mapping[str, Any], names: Sequence[str] = SHOWN) -> str:
     known = {metric_of(name): value for name, value in found.items() if value is not None}
     words = {
-        name: f"{known[name]:.4g}" if name == "modes" else shown(name, known[name])
-        for name in WORDS
-        if name in known and name in (*HEADLINE, more)
+        name: f"{known[name]:.4g}" if name == "modes" else shown(name, known[name]) for name in names if name in known
     }
     text = ", ".join(WORDS[name].format(word) for name, word in words.items())
     return text.replace("1 modes", "1 mode") if known.get("modes") == 1 else text
