@@ -251,6 +251,18 @@ def test_own_loop_says_in_which_of_them(name: str) -> None:
         assert "d_terms and g_terms of what it shows, of gankit.attach, on vectors: KeyError: 'adv'" in line
 
 
+def test_own_loop_tells_of_a_run_that_ends_early() -> None:
+    class EndsTheRun(AsksForValues):
+        """Says that training is done, which a loop of one's own need not ask."""
+
+        @hookimpl
+        def post_step(self, gan: GAN, phase: str, step: int) -> None:
+            gan.stop = step == 2 and phase == "g"
+
+    (line,) = failures(EndsTheRun, ("own_loop",)).values()
+    assert "6 updates with" in line and "on vectors, 4 in gankit's own loop: it stops one of the two" in line
+
+
 def test_late_terms_are_looked_at() -> None:
     class Late(AsksForValues):
         """From step 1000 on."""

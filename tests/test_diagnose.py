@@ -386,6 +386,18 @@ def test_a_wasserstein_critic_may_separate() -> None:
     assert not wasserstein.findings and "Wasserstein" in wasserstein.unknown["saturated D"]
 
 
+def test_a_wasserstein_critic_may_drift_where_nothing_runs_away() -> None:
+    """It is defined up to a constant, which is in the adversarial part of G's loss."""
+    drifted = logged(g_loss=1e5)
+    rows = [{**row, "g_loss/adv": 1e5} for row in drifted.stats]
+    config = replace(CONFIG, loss="wasserstein")
+    assert not found(replace(drifted, stats=rows, config=config))
+    assert found(replace(drifted, stats=rows)) == {"exploding": "certain"}
+    rows = [{**row, "g_loss/adv": 0.0} for row in drifted.stats]  # another term of G's
+    assert found(replace(drifted, stats=rows, config=config)) == {"exploding": "certain"}
+    assert found(replace(logged(d_loss=1e5), config=config)) == {"exploding": "certain"}
+
+
 def test_runs_of_an_older_gankit_are_read_as_far_as_they_go() -> None:
     record = replace(logged(), signals=[])
     metrics = [{"step": None, "modes": 8.0}, *({"step": 100 * k, "modes": 7.0} for k in (1, 2, 3))]
@@ -525,6 +537,17 @@ def test_suggestions_begin_with_what_was_measured_best() -> None:
     far = every_suggestion(replace(CONFIG, lr_g=0.1), "plane")["oscillation"]
     assert far[0].endswith("--lr-g 0.002 --lr-d 0.003")
     assert every_suggestion(replace(CONFIG, lr_d=0.0), "plane")["frozen network"][0].endswith("--lr-d 0.003")
+
+
+def test_slower_rates_are_not_taken_back() -> None:
+    """A run that followed the advice of a tenth of the recipe's rates is not told to go back to them, nor one near."""
+    usual = "--lr-g 0.002 --lr-d 0.003"
+    for g, d, told in ((1, 0.1, 0), (0.1, 0.1, 0), (4, 4, 0), (0.09, 1, 1), (1, 0.09, 1), (4.1, 1, 1), (1, 4.1, 1)):
+        config = replace(CONFIG, lr_g=float(f"{0.002 * g:.3g}"), lr_d=float(f"{0.003 * d:.3g}"))
+        for name in ("collapse", "exploding", "vanishing gradient"):
+            commands = every_suggestion(config, "plane")[name]
+            assert [c.endswith(usual) for c in commands].count(True) == told, (g, d, name)
+            assert commands[0].endswith(usual) == bool(told)
 
 
 def test_what_suggestions_say_was_measured_was_so() -> None:

@@ -301,6 +301,16 @@ def test_resume_refuses_other_data_and_other_networks() -> None:
     assert "networks.mine.py:g: " in gankit("resume", "r", "--steps", "14", code=2).output
 
 
+def test_what_an_older_gankit_did_not_record_is_not_compared() -> None:
+    gankit("run", *FAST, "--name", "r")
+    file = Path("runs/r/checkpoints/latest/state.pt")
+    state = torch.load(file, weights_only=True)
+    for name in ("processes", "networks", "data"):
+        del state["facts"][name]
+    torch.save(state, file)
+    gankit("resume", "r", "--steps", "14")
+
+
 def test_a_run_of_a_gpu_is_not_continued_without_one() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
