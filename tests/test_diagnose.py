@@ -665,9 +665,9 @@ def test_only_what_is_likely_interrupts_and_only_once(tmp_path: Path, monkeypatc
 # -- rates ----------------------------------------------------------------------------------------------------------
 
 
-def benchmark() -> ModuleType:
-    path = ROOT / "tests" / "benchmarks" / "diagnose.py"
-    spec = importlib.util.spec_from_file_location("benchmark_of_diagnose", path)
+def benchmark(name: str = "diagnose") -> ModuleType:
+    path = ROOT / "tests" / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmark_of_{name}", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -681,6 +681,34 @@ def test_the_page_has_the_rates_that_the_rules_have_on_the_stored_runs() -> None
     assert len(rows) >= 200
     assert suite.report(rows) in (ROOT / "docs" / "diagnose.md").read_text()
     assert {row["family"] for row in rows} == set(suite.FAMILIES)
+
+
+def test_the_page_has_what_became_of_the_runs_that_followed_the_advice() -> None:
+    advice = benchmark("advice")
+    rows = advice.load()
+    assert rows == json.loads(advice.STORE.read_text())  # none of a case that is no more
+    assert {row["case"] for row in rows} == set(advice.CASES)
+    assert advice.table(rows) in (ROOT / "docs" / "diagnose.md").read_text()
+
+
+def test_what_counts_as_well_and_what_the_table_of_advice_says() -> None:
+    advice = benchmark("advice")
+    case, flags = next(iter(advice.CASES.items()))
+
+    def row(seed: int, *tries: dict[str, str]) -> dict[str, Any]:
+        after = [{"changed": "--x", "modes": 8.0, "high_quality": 0.9, "findings": findings} for findings in tries]
+        before = {"findings": {"collapse": "certain"}} if tries else {"modes": 8.0, "high_quality": 0.5, "findings": {}}
+        return {"case": case, "seed": seed, "flags": flags, "before": before, "tries": after}
+
+    ill = {"oscillation": "possible"}
+    first, third, never, well = row(0, {}), row(1, ill, ill, {}), row(2, ill, ill, ill), row(3)
+    assert [advice.well(r) for r in (first, third, never)] == [True, True, False]
+    assert [advice.well(r, 1) for r in (first, third, never)] == [True, False, False]
+    table = advice.table([first, third, never, well])
+    assert f"| {case}: `{flags}` | collapse (3 of 4) | `--x` | 1, 2 of 3 | 0 -> 8 | 0% -> 90% |" in table
+    assert "4 runs with something wrong, 3 of them with a finding" in table
+    assert "in 1 of the 3, after up to three in 2." in table
+    assert f"| {case}: `{flags}` | none on 1 seeds | - | - | - | - |" in advice.table([well])
 
 
 def test_the_interval_of_a_rate_is_that_of_scipy() -> None:
