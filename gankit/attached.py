@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gankit import loop, losses
 from gankit.contract import PHASES, Batch, Player, View, watched
+from gankit.distributed import team
 from gankit.errors import UsageError
 from gankit.gan import GAN, Latent
 from gankit.hookspecs import hookimpl
@@ -397,6 +398,7 @@ class Attached:
         self._unseen = dict.fromkeys(PHASES, 0)  # batches since a step of the phase's optimiser was seen
         self._marks: dict[str, list[Tensor]] = {}  # values of weights as they were half PATIENCE ago
         self._awaited: set[str] = set()  # phases whose steps the plugins need
+        self._fitted = False  # D, by what plugins do with the first batch
         self._tried: set[str] = set()  # terms that were seen to have a second derivative through a compiled D
 
     @property
@@ -450,7 +452,18 @@ class Attached:
                 critic: Critic = gan.hook.critic(
                     gan=gan, phase=phase, d_objective=lambda c: loop.d_objective(gan, c, **scene), **scene
                 )
+            if not self._fitted:
+                self._share_fit(gan)
         return Shown(*view, critic, batch, phase, gan.step)
+
+    def _share_fit(self, gan: OwnGAN) -> None:
+        """What plugins fitted in D to the first batch, each process to its own rows, is as in process 0 from here on."""
+        self._fitted = True
+        wrapped = any(isinstance(m, DistributedDataParallel) for m in self.discriminator.modules())
+        fits = any(hook.plugin in gan.plugins.values() for hook in gan.hook.critic.get_hookimpls())
+        if wrapped and fits and team().size > 1:
+            d = bare(self.discriminator)
+            team().share((*d.parameters(), *d.buffers()))
 
     def d_terms(
         self,

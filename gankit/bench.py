@@ -6,6 +6,7 @@ like any other; what a suite's tables say is read from these folders. See docs/b
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -13,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,12 +29,13 @@ from typing import Any, NamedTuple
 from gankit import config as configuration
 from gankit.config import Config
 from gankit.errors import UsageError
-from gankit.files import held, step_of, write_atomic
+from gankit.files import held, write_atomic
 from gankit.options import closest, convert
 from gankit.plugins import snake_case
 from gankit.process import cores, signals
 
 FAILED = "failed.json"
+PLACE = ("data", "method", "source")  # of a published row; the rest are metrics
 TARGETS = ("modes", "high_quality", "inception_score", "precision", "recall")  # of which more is better
 
 
@@ -148,6 +151,7 @@ def read(name: str) -> Suite:
         if not content.get(key):
             raise UsageError(f"{path}: a suite needs {key!r}")
     _need_tables(content, path)
+    _need_text(content, path)
     steps = content.pop("steps", [])
     content["steps"] = tuple(steps) if isinstance(steps, list) else (steps,)
     suite = Suite(name=path.stem, **{"title": path.stem, **content})
@@ -175,10 +179,13 @@ def read(name: str) -> Suite:
                     f"{path}: there are options of {owner!r}, which is not switched on{closest(owner, on)}"
                 )
     for row in suite.published:
-        if not ({"data", "method", "source"} <= row.keys() and row["data"] in suite.data):
+        if row.get("data") not in suite.data or row.get("method") not in suite.methods or not row.get("source"):
             raise UsageError(
-                f"{path}: a [[published]] row names its source, its method and one of the suite's data sets"
+                f"{path}: a [[published]] row names its source, one of the suite's methods and one of its data sets"
             )
+        for name, value in row.items():
+            if name not in PLACE and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise UsageError(f"{path}: {name} of {row['source']} must be a number, not {value!r}")
     for data in suite.data:
         for name, goal in suite.target_of(data).items():
             if name not in TARGETS or isinstance(goal, bool) or not isinstance(goal, (int, float)):
@@ -203,6 +210,15 @@ def _need_tables(content: Mapping[str, Any], path: Path) -> None:
     rows = content.get("published", [])
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UsageError(f"{path}: 'published' is a list of tables, [[published]]")
+
+
+def _need_text(content: Mapping[str, Any], path: Path) -> None:
+    """Refuse other values where text belongs."""
+    named = [("baseline", method) for method in content["methods"].values()]
+    rows = [(key, row) for row in content.get("published", []) for key in PLACE]
+    for key, table in [*((key, content) for key in ("title", "protocol", "about", "baseline")), *named, *rows]:
+        if not isinstance(table.get(key, ""), str):
+            raise UsageError(f"{path}: {key} must be text, not {table[key]!r}")
 
 
 def _table(value: Any, where: str, path: Path) -> Iterable[tuple[str, Any]]:
@@ -279,11 +295,18 @@ def state_of(folder: Path) -> str:
 
 
 def train(config: Config, out: Path, children: Children) -> None:
-    """Train one cell, or continue it; a failure is recorded in its folder. Interrupted if it was told to stop."""
+    """Train one cell, or continue it; a failure is recorded in its folder. Interrupted if it was told to stop.
+
+    UsageError if another process trains it, such as one of a second bench of the same suite; it is left as it is.
+    """
     assert config.name is not None
     folder = out / config.name
     threads = config.threads if isinstance(config.threads, int) else cores()
-    if state_of(folder) == "begun" and _can_continue(folder):
+    _need_free(folder)
+    state = state_of(folder)
+    if state == "finished":  # by that other bench, meanwhile
+        return
+    if state == "begun" and _can_continue(folder):
         arguments = ["resume", str(folder)]
     else:
         shutil.rmtree(folder, ignore_errors=True)
@@ -295,9 +318,17 @@ def train(config: Config, out: Path, children: Children) -> None:
     if code in (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM) or (code and children.stopped):
         raise Interrupted
     if code:
+        _need_free(folder)
         folder.mkdir(parents=True, exist_ok=True)
         reason = reason_of(said) or f"exit code {code}"
         write_atomic(folder / FAILED, json.dumps({"exit_code": code, "reason": reason}) + "\n")
+
+
+def _need_free(folder: Path) -> None:
+    """UsageError if a process is training there: one that is alive, such as a child of a suite that was killed."""
+    if folder.exists():
+        with held(folder):
+            pass
 
 
 def reason_of(said: str) -> str:
@@ -325,7 +356,7 @@ def processes(work: Mapping[Cell, Config], out: Path, jobs: int) -> Done:
                 ended, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 for future in ended:
                     error = future.exception()
-                    if isinstance(error, Interrupted):
+                    if isinstance(error, (Interrupted, UsageError)):
                         raise error
                     yield futures[future], None if error is None else f"{type(error).__name__}: {error}"
         finally:
@@ -338,22 +369,21 @@ def ray_cluster(work: Mapping[Cell, Config], out: Path, jobs: int) -> Done:
     """Train the cells on a Ray cluster (a local one is started if there is none): a task each, of as many CPUs as threads.
 
     A task trains in a temporary folder of its node and sends the folder back, so nodes share no disk; gankit, its plugins
-    and the data must be installed on each.
+    and the data must be installed on each. A cluster that is there runs as many tasks as it has CPUs for, whatever ``jobs``.
     """
     try:
         import ray
     except ImportError:
         raise UsageError('--engine ray needs Ray: pip install "gankit[ray]"') from None
     begun = not ray.is_initialized()
+    threads = {cell: config.threads if isinstance(config.threads, int) else 1 for cell, config in work.items()}
     if begun:
         address = os.environ.get("RAY_ADDRESS")
-        ray.init(address=address, num_cpus=None if address else jobs, include_dashboard=False, log_to_driver=False)
+        cpus = None if address else jobs * max(threads.values(), default=1)
+        ray.init(address=address, num_cpus=cpus, include_dashboard=False, log_to_driver=False)
     try:
         remote = ray.remote(max_retries=1)(train_elsewhere)
-        tasks = {}
-        for cell, config in work.items():
-            threads = config.threads if isinstance(config.threads, int) else 1
-            tasks[remote.options(num_cpus=threads).remote(config)] = cell
+        tasks = {remote.options(num_cpus=threads[cell]).remote(config): cell for cell, config in work.items()}
         waiting = list(tasks)
         while waiting:
             (first, *_), waiting = ray.wait(waiting, num_returns=1)
@@ -370,29 +400,21 @@ def ray_cluster(work: Mapping[Cell, Config], out: Path, jobs: int) -> Done:
 ENGINES: dict[str, Callable[[Mapping[Cell, Config], Path, int], Done]] = {"processes": processes, "ray": ray_cluster}
 
 
-def train_elsewhere(config: Config) -> dict[str, bytes]:
-    """Train one cell in a temporary folder; the files of its folder by relative path, with the newest checkpoint alone."""
-    with tempfile.TemporaryDirectory() as scratch:
+def train_elsewhere(config: Config) -> bytes:
+    """Train one cell in a temporary folder; its folder as a tar file, with no checkpoints but the newest and the best."""
+    with tempfile.TemporaryDirectory() as scratch, io.BytesIO() as packed:
         train(replace(config, keep=1), Path(scratch), Children())
-        folder = Path(scratch) / str(config.name)
-        found = {}
-        for path in sorted(folder.rglob("*")):
-            if path.is_file() and not any(parent.is_symlink() for parent in path.parents):
-                found[str(path.relative_to(folder))] = path.read_bytes()
-        return found
+        with tarfile.open(fileobj=packed, mode="w") as tar:
+            tar.add(Path(scratch) / str(config.name), ".")
+        return packed.getvalue()
 
 
-def unpack(content: Mapping[str, bytes], folder: Path) -> None:
+def unpack(content: bytes, folder: Path) -> None:
     """Write the files of a run that was trained elsewhere: the whole folder, or nothing."""
     scratch = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(scratch, ignore_errors=True)
-    for name, data in content.items():
-        (scratch / name).parent.mkdir(parents=True, exist_ok=True)
-        (scratch / name).write_bytes(data)
-    (scratch / "checkpoints").mkdir(parents=True, exist_ok=True)
-    newest = max((scratch / "checkpoints").glob("step-*"), key=step_of, default=None)
-    if newest:
-        (scratch / "checkpoints" / "latest").symlink_to(newest.name)
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        tar.extractall(scratch, filter="data")
     shutil.rmtree(folder, ignore_errors=True)
     scratch.replace(folder)
 
@@ -426,9 +448,7 @@ def execute(
             _need_same(config, folder)
         if state == "finished" or (state == "failed" and not retry):
             continue
-        if folder.exists():
-            with held(folder):  # by nobody else, such as a child of a suite that was killed
-                pass
+        _need_free(folder)
         if state == "failed":
             (folder / FAILED).unlink()
             if _can_continue(folder) and _changes(config, folder):

@@ -77,6 +77,8 @@ class Commands(click.Group):
                 return super().invoke(ctx)
         except UsageError as error:
             raise Failure(str(error)) from error
+        except BrokenPipeError:  # of `| head`, which click ends without a word
+            raise
         except OSError as error:
             what = f"{error.filename}: " if error.filename else ""
             raise Failure(f"cannot read or write {what}{error.strerror or error}") from error
@@ -534,7 +536,7 @@ def bench(
     if not suite:
         _list_suites(as_json)
         return
-    if jobs != "auto" and not (jobs.isdigit() and int(jobs)):
+    if jobs != "auto" and not (jobs.isdecimal() and int(jobs)):
         raise UsageError(f"--jobs takes a whole number from 1 on, or auto, not {jobs!r}")
     wanted = None if seeds is None else _seeds(seeds)
     chosen = [

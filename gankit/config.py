@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -212,8 +213,17 @@ def to_toml(config: Config) -> str:
     values = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "options"}
     lines = [f"{key} = {_toml(value)}" for key, value in values.items() if value is not None]
     for name, chosen in config.options.items():
-        lines += ["", f"[options.{name}]", *(f"{k} = {_toml(v)}" for k, v in chosen.items() if v is not None)]
+        lines += [
+            "",
+            f"[options.{_key(name)}]",
+            *(f"{_key(k)} = {_toml(v)}" for k, v in chosen.items() if v is not None),
+        ]
     return "\n".join(lines) + "\n"
+
+
+def _key(name: str) -> str:
+    """A key as TOML has it: bare if it may be."""
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml(name)
 
 
 def _toml(value: Any) -> str:

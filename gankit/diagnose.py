@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gankit.config import RECIPES, Config, kind_of
@@ -111,8 +112,9 @@ class Record:
     signals: Sequence[Row] = ()
     metrics: Sequence[Row] = ()
     stats: Sequence[Row] = ()
-    path: str = "RUN"
+    path: str = "runs/RUN"
     kind: str = "plane"  # of the data, as in config.RECIPES
+    classes: Sequence[str] = ()  # their names
 
     @classmethod
     def read(cls, run: RunDir) -> Record:
@@ -120,9 +122,10 @@ class Record:
         from gankit.run import recorded_config
 
         names = ("signals.jsonl", "metrics.jsonl", "stats.jsonl")
-        kind = kind_of(tuple(run.read_json("data.json")["shape"]))
+        data = run.read_json("data.json")
         signals, metrics, stats = map(run.rows, names)
-        return cls(recorded_config(run), signals, metrics, stats, str(run.path), kind)
+        kind, classes = kind_of(tuple(data["shape"])), tuple(data.get("class_histogram", ()))
+        return cls(recorded_config(run), signals, metrics, stats, str(run.path), kind, classes)
 
     def rate(self, phase: str) -> float:
         """The rate of a phase before any decay, as far as it is known."""
@@ -206,6 +209,10 @@ def again(
 ) -> Suggestion:
     """The run once more with settings changed or a plugin added, as a command."""
     words = ["gankit", "run", "--config", shlex.quote(f"{record.path}/config.toml")]
+    if (folder := str(Path(record.path).parent)) != str(
+        Path(record.config.out)
+    ):  # it was moved here, or trained elsewhere
+        words += ["--out", shlex.quote(folder)]
     if plugin:  # flags replace what the file has
         words += [word for name in (*record.config.plugin, plugin) for word in ("--plugin", shlex.quote(name))]
     words += options.split()
@@ -386,7 +393,8 @@ def one_class(record: Record) -> Seen:
     sure = graded(min(shares), ONE_CLASS)
     if not sure or true[label] / sum(true) > ONE_CLASS[0] / 2:
         return None
-    seen = f"{shares[-1]:.0%} of the samples are of class {label}, of which the data have {true[label] / sum(true):.0%}"
+    name = record.classes[label] if record.classes else label
+    seen = f"{shares[-1]:.0%} of the samples are of class {name}, of which the data have {true[label] / sum(true):.0%}"
     return f"{seen}, {_when(rows)}", sure, against_collapse(record)
 
 

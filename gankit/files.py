@@ -14,10 +14,15 @@ if sys.platform != "win32":
     import fcntl
 
 
+def expanded(path: str) -> Path:
+    """A path with ``~`` replaced by the home it stands for; as it is where nobody has that name, unlike pathlib's."""
+    return Path(os.path.expanduser(path))
+
+
 def cache_folder() -> Path:
     """Where gankit keeps what it fetched or computed once: the variable GANKIT_CACHE, or the system's place for that."""
     if chosen := os.environ.get("GANKIT_CACHE"):
-        return Path(chosen).expanduser()
+        return expanded(chosen)
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "gankit" / "Cache"
     if sys.platform == "darwin":
@@ -47,12 +52,14 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with naming(path), temporary.open("wb") as file:
+        with temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError):
+            error.filename = str(path)  # not the neighbour, of which nobody knows
         temporary.unlink(missing_ok=True)
         raise
 

@@ -323,7 +323,7 @@ class GAN:
                 player.module.eval()
             share = self.batch_size // self.team.size
             real = torch.zeros(share, *self.shape, device=self.device)
-            z = torch.zeros(share, self.latent.dim, device=self.device)
+            z = torch.zeros(share, *(self.latent.shape or (self.latent.dim,)), device=self.device)
             batch = self.hook.sample(gan=self, real=real, z=z, phase="d", step=0)
             if batch.fake.shape != real.shape:
                 raise UsageError(

@@ -20,7 +20,7 @@ from gankit.config import Device
 from gankit.errors import UsageError
 from gankit.gan import GAN, Latent, derive_seed, seeded
 from gankit.joint import CHUNK, has_encoder, reconstruct
-from gankit.provenance import column
+from gankit.provenance import column, hash_of
 from gankit.run import Reporter, load, read_data
 from gankit.rundir import RunDir
 from gankit.structure import evaluating
@@ -144,7 +144,7 @@ def measured(
         stream = torch.Generator(gan.device).manual_seed(derive_seed(seed, "invert"))
         nearest = ivom(gan.sampled, x, gan.latent, steps=steps, restarts=restarts, generator=stream)
         reconstruction = reconstruct(gan, x) if has_encoder(gan) else None
-    facts: dict[str, object] = {"n": len(x), "split": "test", "data": data}
+    facts: dict[str, object] = {"n": len(x), "split": "test", "data": data, "reference": hash_of({"x": x})}
     abouts = {"ivom": facts | {"steps": steps, "restarts": restarts, "rate": RATE}}
     values = {"ivom": nearest.residuals.mean().item()}
     if reconstruction is not None:

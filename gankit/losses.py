@@ -4,9 +4,8 @@ Every function takes logits of D (larger = more real) of any shape, such as (B,)
 and returns a scalar tensor: the mean is taken over everything. r stands for real_logits, f for fake_logits.
 """
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import relu, softplus
 
 from gankit.errors import UsageError
+from gankit.options import closest
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 BOTH_SIDES = ("real_logits", "fake_logits")
@@ -220,15 +220,10 @@ def make(name: str, **options: float) -> Loss:
     """
     key = name.replace("-", "_")
     if key not in LOSSES:
-        raise UsageError(f"there is no loss {name!r}{_closest(key, LOSSES)}: choose from {', '.join(LOSSES)}")
+        raise UsageError(f"there is no loss {name!r}{closest(key, LOSSES)}: choose from {', '.join(LOSSES)}")
     known = inspect.signature(LOSSES[key]).parameters
     for option in options:
         if option not in known:
             choices = f"its options are {', '.join(known)}" if known else "it has no options"
-            raise UsageError(f"loss {name!r} has no option {option!r}{_closest(option, known)}: {choices}")
+            raise UsageError(f"loss {name!r} has no option {option!r}{closest(option, known)}: {choices}")
     return LOSSES[key](**options)
-
-
-def _closest(word: str, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {match[0]!r}?)" if match else ""

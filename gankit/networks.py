@@ -8,7 +8,6 @@ build it inside `torch.random.fork_rng()` with a seed. Module names are a file f
 """
 
 import copy
-import difflib
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from gankit.errors import UsageError
+from gankit.options import closest
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -644,6 +644,4 @@ def _positive(**sizes: int) -> None:
 
 def _choice(what: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        match = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
-        hint = f" (did you mean {match[0]!r}?)" if match else ""
-        raise UsageError(f"there is no {what} {value!r}{hint}: choose from {', '.join(choices)}")
+        raise UsageError(f"there is no {what} {value!r}{closest(value, choices)}: choose from {', '.join(choices)}")

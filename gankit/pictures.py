@@ -273,6 +273,7 @@ def _limits(real: Tensor, fake: Tensor) -> Limits:
     low, high = real.min(dim=0).values, real.max(dim=0).values
     middle, half = (low + high) / 2, float((high - low).max()) / 2 * 1.05
     half = half if half > 0 else 1.0
+    half = max(half, 1e-12 * float(middle.abs().max()))  # beside large numbers less is nothing
     if len(fake):
         reach = float((fake - middle).abs().max(dim=1).values.quantile(0.98)) / half
         half *= next((factor for factor in (1.0, 1.25, 1.5) if reach <= factor), 2.0)

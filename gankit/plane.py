@@ -74,9 +74,12 @@ def critic_field(gan: GAN, limits: Limits) -> Field | str:
     z = torch.zeros(len(points), *(gan.latent.shape or (gan.latent.dim,)), device=gan.device)
     modules = [player.module for player in gan.players.values()]
     with gan.streams_kept(), seeded(gan.seed, "field"), evaluating(*modules), gan.manager.meter.paused():
-        with torch.no_grad():
-            batch = gan.hook.sample(gan=gan, real=points, z=z, phase="d", step=gan.step)
-            view = gan.hook.view(gan=gan, batch=batch, phase="d", step=gan.step)
+        try:
+            with torch.no_grad():
+                batch = gan.hook.sample(gan=gan, real=points, z=z, phase="d", step=gan.step)
+                view = gan.hook.view(gan=gan, batch=batch, phase="d", step=gan.step)
+        except UsageError:  # a plugin that cannot show so many, such as packs of 5
+            return "D is not shown single samples here, so a single point has no value"
         shown = watched(view).real
         if shown[0].shape != points.shape:
             return "D is shown several samples at once here, so a single point has no value"

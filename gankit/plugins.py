@@ -26,6 +26,7 @@ import pluggy
 
 from gankit import __version__, hookspecs
 from gankit.errors import UsageError
+from gankit.files import expanded
 from gankit.options import build, closest
 
 GROUP = "gankit"
@@ -122,7 +123,7 @@ def load_object(spec: str) -> tuple[Any, Path | None]:
     if not where.strip(".") or (where.startswith(".") and not where.endswith(".py")) or not attribute:
         raise UsageError(f"{spec!r} names no object: give file.py:name or module:name")
     if where.endswith(".py"):
-        path = Path(where).expanduser().resolve()
+        path = expanded(where).resolve()
         if not path.is_file():
             raise UsageError(f"{where} is no file, so {spec!r} cannot be loaded")
         module = _load_file(path)

@@ -7,6 +7,7 @@ import platform
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +30,7 @@ from gankit.data import Dataset
 from gankit.diagnose import Finding, Record, Watch, diagnose
 from gankit.distributed import Together, team
 from gankit.errors import Diverged, UsageError
-from gankit.files import held, step_of, write_atomic
+from gankit.files import expanded, held, step_of, write_atomic
 from gankit.gan import GAN, Latent, Optim, derive_seed
 from gankit.loop import train
 from gankit.plugins import Source, available, create, find, load_object, version_of
@@ -123,7 +124,17 @@ def code_of(spec: str) -> str:
     if where.startswith("gankit."):
         return __version__
     file = where if where.endswith(".py") else sys.modules[where].__file__
-    return version_of(Path(file).expanduser() if file else None)
+    return version_of(expanded(file) if file else None)
+
+
+def networks_of(config: Config) -> dict[str, str]:
+    """The state of the code of the run's own networks, as :func:`code_of` has it."""
+    return {spec: code_of(spec) for spec in (config.generator, config.discriminator) if spec}
+
+
+def facts_of(sources: Sequence[Source]) -> dict[str, dict[str, str]]:
+    """Distribution and version of each plugin."""
+    return {s.name: {"distribution": s.distribution, "version": s.version} for s in sources}
 
 
 def assemble(config: Config, shape: tuple[int, ...], core: Mapping[str, object]) -> tuple[GAN, list[Source]]:
@@ -207,11 +218,11 @@ class Session:
         threads = choose_threads(self.gan) if config.threads == "auto" else config.threads
         torch.set_num_threads(threads)
         self.config = replace(config, threads=threads, device="cuda" if device.type == "cuda" else "cpu")
-        self.plugins = {s.name: {"distribution": s.distribution, "version": s.version} for s in sources}
+        self.plugins = facts_of(sources)
         self.saver.facts = {
             "config": configuration.plain(self.config),
             "plugins": self.plugins,
-            "networks": {spec: code_of(spec) for spec in (config.generator, config.discriminator) if spec},
+            "networks": networks_of(config),
             "data": data.sketch(),
             "gankit": __version__,
             "processes": self.team.size,
@@ -473,7 +484,17 @@ def load(
             )
     gan.build()
     folder = run.checkpoint(checkpoint)
-    gan.load_weights(run.load_weights(folder, gan.weights()))
+    facts = run.load_state(folder)["facts"]
+    plugins = {name: about for name, about in facts_of(sources).items() if name in facts["plugins"]}
+    now = {"networks": networks_of(config), "plugins": plugins}
+    was = {"networks": facts.get("networks", now["networks"]), "plugins": {n: facts["plugins"][n] for n in plugins}}
+    if changed := configuration.differences(was, now):
+        warnings.warn(f"this has changed since {run.path} was trained: {'; '.join(changed)}", stacklevel=2)
+    try:
+        gan.load_weights(run.load_weights(folder, gan.weights()))
+    except (RuntimeError, FileNotFoundError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UsageError(f"the weights of {run.path} are not of these networks: {reason}") from None
     gan.step = int(folder.name.split("-")[1])
     return gan, config
 

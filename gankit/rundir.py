@@ -92,7 +92,7 @@ class RunDir:
         runs = sorted(path.parent for path in root.glob("*/config.toml"))
         if given is None and runs:
             return cls(max(runs, key=lambda path: (path / "config.toml").stat().st_mtime))
-        number = f"{int(given):05d}-" if given and given.isdigit() else None
+        number = f"{int(given):05d}-" if given and given.isdecimal() else None
         matches = [p for p in runs if p.name == given or (number and p.name.startswith(number))]
         if given is None or not matches:
             listed = ", ".join(p.name for p in runs[-5:]) or "none"
@@ -203,7 +203,7 @@ class RunDir:
         """The folder of the checkpoint called "latest" or "best" or of a step; None: the best if there is one."""
         found = self.steps()[-1:]  # not by the link: a kill between rename and relink leaves it one behind
         if which != "latest":
-            name = f"step-{int(which):06d}" if which and which.isdigit() else which or "best"
+            name = f"step-{int(which):06d}" if which and which.isdecimal() else which or "best"
             chosen = [p for p in [self.checkpoints / name] if p.exists()]
             found = chosen if which or chosen else found
         if not found:

@@ -83,13 +83,14 @@ class Terminal:
     def loading(self, done: int, total: int, what: str = "reading") -> None:
         """Redraw one line of progress, or the text beside the bar."""
         now = time.perf_counter()
-        if not self.console.is_terminal or (done < total and now - self.drawn < REFRESH):
+        if not self.console.is_terminal or (done != total and now - self.drawn < REFRESH):
             return
         self.drawn = now
+        text = f"{what} {done}/{total}" if total else f"{what} {done}"  # 0: it is not known
         if self.bar:
-            self.bar.update(self.task, text=f"{what} {done}/{total}", refresh=True)
+            self.bar.update(self.task, text=text, refresh=True)
         else:
-            self.console.print(f"{what} {done}/{total}", end="\n" if done == total else "\r", highlight=False)
+            self.console.print(text, end="\n" if done == total else "\r", highlight=False)
 
     def data(self, summary: Summary) -> None:
         """The summary of the data, with its warnings."""

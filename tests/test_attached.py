@@ -1270,6 +1270,10 @@ SHARED: dict[str, list[Any]] = {  # what agrees; D and G are deterministic funct
 }
 
 
+FITTED: dict[str, dict[str, Any]] = {
+    "minibatch_discrimination": {"calibrate": "scale"},
+    "virtual_batch_norm": {"on": "d"},
+}
 APART = ["gradient_penalty", "consistency", "lecam", "unrolled", "mode_seeking", "feature_matching"]  # and what cannot
 
 
@@ -1375,6 +1379,17 @@ def worker(rank: int, folder: Path) -> None:
     gankit.attach(G, wrapped(D, True), [drawing]).d_terms(real, fake)
     found["drawn"] = drawing.drawn
 
+    found["fitted"] = []
+    for name, options in FITTED.items():
+        G = networks()[0]
+        middle = nn.BatchNorm1d(8) if name == "virtual_batch_norm" else nn.Tanh()
+        D = nn.Sequential(nn.Linear(3, 8), middle, nn.Tanh(), nn.Linear(8, 1)).double()
+        attached = gankit.attach(G, D, [(name, options)], optimizers={})
+        attached.setup(real, fake)
+        attached.discriminator = wrapped(D, True)
+        attached.d_loss(real, fake)
+        found["fitted"] += [t.detach().clone() for t in (*D.parameters(), *D.buffers())]
+
     # pytorch#47562: the last bias takes no part in the penalty
     D = networks()[1]
     shared = wrapped(D, True)
@@ -1448,6 +1463,12 @@ def test_what_several_processes_cannot_have_is_refused(two_processes: list[dict[
     assert all(torch.equal(a, b) for a, b in zip(one["apart"], two["apart"], strict=True))  # gradients are averaged
     assert torch.equal(one["drawn"][0], two["drawn"][0])  # set-up is the same everywhere
     assert not torch.equal(one["drawn"][1], two["drawn"][1])  # afterwards each process has numbers of its own
+
+
+def test_what_is_fitted_to_the_first_batch_is_the_same_in_all_processes(two_processes: list[dict[str, Any]]) -> None:
+    """Each process has its own rows, and gradients of different functions would be averaged."""
+    one, two = (found["fitted"] for found in two_processes)
+    assert len(one) > 8 and all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -157,6 +159,13 @@ def test_settings_go_from_all_to_one() -> None:
         (("[methods.none]", '[methods.none]\nbaseline = "nothing"'), "none of its methods"),
         (("[data.ring]", '[data.ring]\nbaseline = "none"'), "no setting 'baseline'"),
         (("seeds = 2", "seeds = 0"), "from 1 on"),
+        (('baseline = "none"', "baseline = 3"), "baseline must be text, not 3"),
+        (('baseline = "none"', 'baseline = ["none"]'), "baseline must be text, not"),
+        (('title = "Two methods"', "title = 3"), "title must be text, not 3"),
+        (('title = "Two methods"', "about = 3"), "about must be text, not 3"),
+        (("modes = 7.9", 'modes = "7.9 +- 0.1"'), r"modes of a paper must be a number, not '7\.9 \+- 0\.1'"),
+        (('method = "r1"', 'method = "r2"'), "one of the suite's methods"),
+        (('source = "a paper"', "source = 3"), "source must be text, not 3"),
         (("seeds = 2", "seeds = 2\nfirst_seed = -1"), "first_seed must be a whole number from 0 on"),
         (("width = 8", "widht = 8"), "did you mean 'width'"),
         (("[methods.none]", "[methods]\nnone = 3"), "'methods.none' is a table"),
@@ -165,7 +174,7 @@ def test_settings_go_from_all_to_one() -> None:
         (("options.r1.weight = 3", "options.r1 = 3"), "'settings.options.r1' is a table"),
         (("options.r1.weight = 3", "options.r_1.weight = 3"), "options of 'r_1', which is not .* mean 'r1'"),
         (("options.packing.m = 3", "options.r1.m = 3"), "options of 'r1', which is not switched on"),
-        (('data = "ring"\nmethod = "r1"', 'method = "r1"'), "names its source, its method and one of"),
+        (('data = "ring"\nmethod = "r1"', 'method = "r1"'), "names its source, one of the suite's methods"),
         (("target = { modes = 1 }", "target = { mode = 1 }"), "mode = 1 .did you mean 'modes'"),
         (("target = { modes = 1 }", 'target = { modes = "1" }'), "least number of modes"),
         (("target = { modes = 1 }", "target = { fid = 10 }"), "least number of modes"),
@@ -276,6 +285,58 @@ def test_what_was_begun_with_other_settings_is_refused_and_what_failed_so_begins
     assert "batch = 8" in (run / "config.toml").read_text()
 
 
+def test_a_second_bench_leaves_the_first_ones_runs_alone(finished: tuple[bench.Suite, Path], tmp_path: Path) -> None:
+    """It finds a run that was not there when it began: trained by another, now or meanwhile."""
+    suite, out = finished
+    suite = bench.narrowed(suite, seeds=range(1), methods=["none"], data=[], steps=None)
+    run = tmp_path / "runs" / "ring-none-s0"
+
+    def appears(cell: object, done: int, total: int) -> None:
+        if cell is None:
+            shutil.copytree(out / "runs" / "ring-none-s0", run, symlinks=True)
+
+    bench.execute(suite, tmp_path, report=appears)
+    assert (run / "summary.json").stat().st_mtime_ns == (out / "runs" / run.name / "summary.json").stat().st_mtime_ns
+    shutil.rmtree(run)
+
+    def is_begun(cell: object, done: int, total: int) -> None:
+        if cell is None:
+            run.mkdir()
+            held_now.enter_context(held(run))
+
+    with ExitStack() as held_now, pytest.raises(UsageError, match="by another process"):
+        bench.execute(suite, tmp_path, report=is_begun)
+    assert not list(run.iterdir())
+
+
+def test_a_local_ray_has_cores_for_as_many_runs_as_are_asked_for(
+    finished: tuple[bench.Suite, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    class Remote:
+        def options(self, **given: Any) -> Any:
+            asked.update(given=given["num_cpus"])
+            return self
+
+        def remote(self, config: object) -> object:
+            return object()
+
+    def wait(tasks: object, num_returns: int) -> None:
+        raise KeyboardInterrupt
+
+    ray = SimpleNamespace(
+        is_initialized=lambda: False, init=lambda **given: asked.update(given), shutdown=lambda: None, wait=wait,
+        remote=lambda max_retries: lambda function: Remote(),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    suite, _ = finished
+    with pytest.raises(KeyboardInterrupt):
+        bench.execute(replace(suite, settings={**suite.settings, "threads": 4}), tmp_path, jobs=2, engine="ray")
+    assert (asked["given"], asked["num_cpus"]) == (4, 8)  # a task of 4 on a Ray of 2 would wait for ever
+
+
 def test_as_many_runs_at_a_time_as_their_threads_have_cores(
     finished: tuple[bench.Suite, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,6 +398,8 @@ def test_ray_gives_the_same_table(finished: tuple[bench.Suite, Path], tmp_path: 
     assert numbers(rows) == numbers(results.collect(suite, out)) and len(rows) == 2
     run = tmp_path / "runs" / "ring-r1-s0"
     assert (run / "checkpoints" / "latest" / "generator_ema.safetensors").exists()
+    names = [sorted(p.name for p in (o / "runs" / run.name / "checkpoints").glob("[bl]*")) for o in (tmp_path, out)]
+    assert names[0] == names[1] and (run / "checkpoints" / names[0][0]).exists()
     assert CliRunner().invoke(main, ["evaluate", str(run)], catch_exceptions=False).exit_code == 0
 
 

@@ -321,6 +321,12 @@ def test_each_rule_at_its_threshold(
     assert not found(logged(change=well))
 
 
+def test_a_class_is_called_by_its_name() -> None:
+    record = logged(change=always(labels=[400, 0, 0, 0]))
+    (finding,) = diagnose(replace(record, classes=("cat", "dog", "owl", "yak"))).findings
+    assert finding.seen.startswith("100% of the samples are of class cat, of which the data have 25%")
+
+
 def test_rules_of_losses() -> None:
     assert found(logged(d_loss=1.3863, g_loss=0.6931)) == {"flat losses": "certain"}
     assert not found(logged(d_loss=1.3863))  # G's or D's alone may stand
@@ -419,7 +425,7 @@ def test_the_share_that_counts_as_lost() -> None:
 # -- suggestions --------------------------------------------------------------------------------------------------
 
 
-def every_suggestion(config: Config, kind: str, path: str = "RUN") -> dict[str, tuple[str, ...]]:
+def every_suggestion(config: Config, kind: str, path: str = "runs/RUN") -> dict[str, tuple[str, ...]]:
     """The commands of every rule's suggestions, by rule."""
     sick: dict[str, Record] = {
         "not finite": logged(change=always(finite=0.5)),
@@ -536,6 +542,9 @@ def test_suggestions_begin_with_what_was_measured_best() -> None:
         assert "stochastic" not in " ".join(every_suggestion(drawing, "plane")["poor inverse"])
     far = every_suggestion(replace(CONFIG, lr_g=0.1), "plane")["oscillation"]
     assert far[0].endswith("--lr-g 0.002 --lr-d 0.003")
+    moved = every_suggestion(CONFIG, "plane", "else where/RUN")["collapse"]
+    assert all(c.startswith("gankit run --config 'else where/RUN/config.toml' --out 'else where' ") for c in moved)
+    assert not any("--out" in c for c in every_suggestion(CONFIG, "plane")["collapse"])
     assert every_suggestion(replace(CONFIG, lr_d=0.0), "plane")["frozen network"][0].endswith("--lr-d 0.003")
 
 

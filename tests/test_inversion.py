@@ -19,11 +19,12 @@ from gankit import inversion
 from gankit.cli import main
 from gankit.errors import UsageError
 from gankit.gan import Latent
-from gankit.inversion import interpolate_latents, ivom
+from gankit.inversion import interpolate_latents, ivom, measured
 from gankit.joint import reconstruction_error
 from gankit.run import load, read_data
 from gankit.rundir import RunDir
 from gankit.terminal import Terminal
+from gankit.testing import tiny_gan
 
 FAST = ["--threads", "1", "--steps", "3", "--batch", "8", "--eval-samples", "20", "--width", "8", "--name", "r",
         "--no-report"]  # fmt: skip
@@ -110,6 +111,15 @@ def test_the_generator_and_everybodys_random_numbers_stay_as_they_are() -> None:
     assert torch.equal(network[0].weight.grad, torch.ones(6, 3)) and network[3].weight.grad is None
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert not one.z.requires_grad and not one.residuals.requires_grad
+
+
+def test_other_samples_are_another_column() -> None:
+    """Another size of the same images, say: residuals of a pixel that are not comparable."""
+    gan = tiny_gan(shape=(2,))
+    names = [
+        [*measured(gan, torch.full((3, 2), value), "mine", steps=1, restarts=1).metrics] for value in (0.0, 0.0, 1.0)
+    ]
+    assert names[0] == names[1] != names[2]
 
 
 def test_bad_input_is_said() -> None:

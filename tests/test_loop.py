@@ -275,6 +275,15 @@ def test_a_users_own_modules_also_with_lazy_layers() -> None:
     assert gan.step == 2
 
 
+def test_latents_of_another_shape_are_those_that_g_is_built_with() -> None:
+    generator = nn.Sequential(nn.ConvTranspose2d(4, 1, 8), nn.Tanh())  # as DCGAN's: (B, 4, 1, 1) -> (B, 1, 8, 8)
+    discriminator = nn.Sequential(nn.Flatten(), nn.Linear(64, 1))
+    gan = GAN(generator, discriminator, (1, 8, 8), Latent(4, shape=(4, 1, 1)), batch_size=6).build()
+    gan.next_real = lambda: torch.zeros(6, 1, 8, 8)
+    train(gan, 1)
+    assert gan.first_view().fake[0].shape == (6, 1, 8, 8)
+
+
 def test_lazy_layers_begin_by_the_seed_of_the_gan() -> None:
     starts = []
     for seed in (1, 2):

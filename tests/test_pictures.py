@@ -155,6 +155,12 @@ def test_scatter_of_a_single_repeated_point(value: float) -> None:
     assert inside(image).any()
 
 
+def test_scatter_of_a_column_that_hardly_moves_beside_its_size() -> None:
+    points = torch.rand(50, 2, generator=torch.Generator().manual_seed(0))
+    points[:, 0] = 1e17
+    assert inside(scatter(points, points)).any()
+
+
 @pytest.mark.parametrize("shape", [(1,), (2,), (3,), (1200,), (1, 4, 4)])
 def test_scatter_of_any_shape(shape: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)

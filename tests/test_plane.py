@@ -94,6 +94,11 @@ def test_where_a_point_has_no_value_of_its_own_there_is_none(plugin: str, why: s
     assert why in str(load_frame(tmp_path / "a.npz").field)
 
 
+def test_packs_that_the_points_do_not_fill_have_no_value_either() -> None:
+    gan = tiny_gan(plugins=create(["packing"], {"packing": {"m": 5}})[0], shape=(2,), batch_size=10)
+    assert "not shown single samples" in str(critic_field(gan, LIMITS))
+
+
 def test_a_frame_comes_back_as_it_was(tmp_path: Path) -> None:
     gan = tiny_gan(shape=(2,))
     fake = torch.randn(5, 2)

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -311,6 +312,20 @@ def test_what_an_older_gankit_did_not_record_is_not_compared() -> None:
     gankit("resume", "r", "--steps", "14")
 
 
+def test_what_changed_since_a_run_is_said_where_its_networks_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("mine.py").write_text("from torch import nn\ndef g(z_dim): return nn.Linear(z_dim, 2)\n")
+    gankit("run", "--plugin", "r1", "--generator", "mine.py:g", *FAST, "--name", "r")
+    assert "warning" not in gankit("sample", "r").output
+    Path("mine.py").write_text("from torch import nn\ndef g(z_dim): return nn.Sequential(nn.Linear(z_dim, 2))[0]\n")
+    said = gankit("sample", "r").output
+    assert re.search(r"warning: this has changed since runs/r was trained: networks\.mine\.py:g: ", said)
+    Path("mine.py").write_text("from torch import nn\ndef g(z_dim): return nn.Sequential(nn.Linear(z_dim, 2))\n")
+    assert "are not of these networks: " in gankit("evaluate", "r", code=2).output
+    Path("mine.py").write_text("from torch import nn\ndef g(z_dim): return nn.Linear(z_dim, 2)\n")
+    monkeypatch.setattr(plugins, "distribution_of", lambda entry_point: ("gankit-r1", "9.9"))
+    assert re.search(r"warning: .*plugins\.r1\.version: '.+' -> '9\.9'", gankit("evaluate", "r").output)
+
+
 def test_a_run_of_a_gpu_is_not_continued_without_one() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
@@ -460,6 +475,12 @@ def test_a_refused_run_leaves_no_folder() -> None:
         (["run", "--plugin", "bigan", "-o", "bigan.encodr=x"], "did you mean 'encoder'"),
         (["run", "-o", "weight=3"], "plugin.option=value"),
         (["run", "--data", "rign"], "ring"),
+        (["run", "--data", "~nobody-here/x"], "there is no file or folder"),
+        (["run", "--data", "ring", "--data-root", "x"], "leave it out"),
+        (["run", "--plugin", "~nobody-here/x.py:C"], "is no file"),
+        (["run", "--data", os.fsdecode(b"caf\xe9")], "is not in UTF-8"),
+        (["report", "\u00b2"], "no run"),
+        (["bench", "quick", "--jobs", "\u00b2"], "--jobs takes a whole number"),
         (["run", "--set", "stepps=3"], "did you mean 'steps'"),
         (["run", "--steps", "many"], "steps must be whole number"),
         (["run", "--stepps", "3"], "--steps"),
@@ -489,6 +510,29 @@ def test_bad_input_is_one_sentence_with_exit_code_2(arguments: list[str], messag
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no /proc, where not even root may write")
+def test_a_file_that_cannot_be_written_is_named() -> None:
+    gankit("run", *FAST, "--name", "r")
+    assert "cannot read or write nowhere/x.png: " in gankit("sample", "r", "--to", "nowhere/x.png", code=2).output
+
+
+def test_a_reader_that_has_seen_enough_hears_nothing_more() -> None:
+    done = subprocess.run(
+        f"{shlex.quote(sys.executable)} -m gankit plugins | head -1", shell=True, capture_output=True, text=True
+    )
+    assert done.stdout and not done.stderr
+
+
+def test_options_of_any_name_are_written_so_that_they_are_read_again() -> None:
+    Path("own.py").write_text(
+        "from dataclasses import dataclass\n@dataclass(eq=False)\nclass Gr\u00f6\u00dfe:\n    weight: float = 1\n"
+        "    def __post_init__(self): pass\n    from gankit import hookimpl\n"
+        "    @hookimpl\n    def setup(self): pass\n"
+    )
+    gankit("run", *FAST, "--plugin", "own.py:Gr\u00f6\u00dfe", "-o", "gr\u00f6\u00dfe.weight=3", "--name", "r")
+    assert '[options."gr\u00f6\u00dfe"]\nweight = "3"' in Path("runs/r/config.toml").read_text()
+    gankit("resume", "r", "--steps", "14")
+
+
 def test_an_unwritable_folder_is_one_sentence() -> None:
     assert "cannot read or write /proc/runs" in gankit("run", "--out", "/proc/runs", *FAST, code=2).output
 

@@ -69,6 +69,18 @@ def test_a_log_has_one_line_for_an_event_however_narrow(tmp_path: Path) -> None:
     assert trained.startswith(evaluated.replace("step 4", "step 5")) and trained.endswith(" s left")
 
 
+def test_a_total_that_is_not_known_is_not_shown_and_its_line_is_ended() -> None:
+    console, buffer = printed(100, True)
+    terminal = Terminal(console)
+    for done in range(1, 1000):
+        terminal.loading(done, 0)
+    assert buffer.getvalue().count("reading") < 100
+    terminal.drawn = 0.0
+    terminal.loading(1000, 0)
+    terminal.loading(1000, 1000)
+    assert buffer.getvalue().endswith("reading 1000\rreading 1000/1000\n")
+
+
 def test_values() -> None:
     assert shown("high_quality", 0.98765) == "98.8%"
     assert shown("anything", None) == "-"

@@ -4,17 +4,18 @@
 `summary` says what came out of it and warns of what will make training hard.
 """
 
-import difflib
 from pathlib import Path
 
 from gankit.data.arrays import array_file, from_arrays, from_callable, table
-from gankit.data.dataset import Counter, Dataset, Modes, Progress, Store, check_image_size
+from gankit.data.dataset import Counter, Dataset, Modes, Progress, Store, check_image_size, need_utf8
 from gankit.data.describe import Summary, summary
 from gankit.data.digits import mnist, stacked_mnist
 from gankit.data.images import SUFFIXES, image_folder
 from gankit.data.junction import heavy_mode
 from gankit.data.toy import gaussians1200, grid, ring
 from gankit.errors import UsageError
+from gankit.files import expanded
+from gankit.options import closest
 
 __all__ = ["NAMES", "Counter", "Dataset", "Modes", "Progress", "Store", "Summary", "from_arrays", "load", "summary"]
 
@@ -40,10 +41,13 @@ def load(
     Raises UsageError, with what to do, for everything that cannot be loaded.
     """
     check_image_size(image_size)
-    path = Path(spec).expanduser()
+    need_utf8(spec)
+    path = expanded(spec)
     suffix = path.suffix.lower()
     if spec in _DIGITS:
         return _DIGITS[spec](data_root, image_size, progress)
+    if data_root is not None:
+        raise UsageError(f"data_root is where the files of MNIST lie, which {spec} does not need: leave it out")
     if image_size is not None and (spec in _TOYS or suffix == ".csv"):
         raise UsageError(f"image_size is for images, and {spec} holds vectors: leave it out")
     if spec in _TOYS:
@@ -69,6 +73,5 @@ def _unknown(spec: str, path: Path) -> str:
         return f"cannot read {spec}: give a folder or .zip of images, or a .npy, .npz or .csv file"
     if path.suffix or "/" in spec or "\\" in spec:
         return f"there is no file or folder {spec}: check the path"
-    close = difflib.get_close_matches(spec.lower().replace("_", "-"), NAMES, n=1)
-    guess = f"did you mean {close[0]!r}?" if close else f"the names are {', '.join(NAMES)}"
-    return f"there is no data set, file or folder {spec!r}: {guess}"
+    guess = closest(spec.lower().replace("_", "-"), NAMES)
+    return f"there is no data set, file or folder {spec!r}{guess}; the names are {', '.join(NAMES)}"

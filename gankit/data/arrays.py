@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from gankit.data.dataset import Dataset, Progress, resized, split_dataset
 from gankit.errors import UsageError
+from gankit.files import expanded
 
 _MISSING = {"", "na", "n/a", "nan", "null", "none", "?", "-"}
 _KEYS, _LABEL_KEYS = ("x", "data", "images"), ("y", "labels")
@@ -140,7 +141,7 @@ def from_callable(spec: str, image_size: int | None, progress: Progress | None) 
     if match is None:
         return None
     module_name, name = match["module"], match["name"]
-    file = Path(module_name).expanduser() if module_name.endswith(".py") else None
+    file = expanded(module_name) if module_name.endswith(".py") else None
     if file is not None and not file.is_file():
         raise UsageError(f"there is no file {module_name}: give the path of the file that defines {name}")
     with _importable(file.parent if file else Path.cwd()):
@@ -349,6 +350,8 @@ def _collect(spec: str, samples: Iterable[object], progress: Progress | None) ->
         x.append(value)
         if progress is not None:
             progress(len(x), total)
+    if progress is not None and not total:
+        progress(len(x), len(x))
     if not x:
         raise UsageError(f"{spec} gave no sample, and at least 2 are needed to train on")
     return np.stack(x), np.asarray(y) if y else None

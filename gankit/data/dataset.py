@@ -223,6 +223,12 @@ def split_dataset(
     )
 
 
+def need_utf8(name: str) -> None:
+    """UsageError for a name of a file that is no UTF-8, which could be neither printed nor written down."""
+    if any("\ud800" <= letter <= "\udfff" for letter in name):  # how Python stands in for other bytes
+        raise UsageError(f"the name {name!a} is not in UTF-8: rename it, for example with convmv")
+
+
 def check_image_size(image_size: int | None) -> None:
     """Raise UsageError unless image_size is None or a positive number of pixels."""
     if image_size is not None and image_size < 1:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gankit.data.dataset import Dataset, Progress, Store, resized, seeded
 from gankit.errors import UsageError
-from gankit.files import cache_folder
+from gankit.files import cache_folder, expanded
 
 STACKED_COUNT, STACKED_HELD_OUT = 128_000, 26_000
 MIRROR = "https://ossci-datasets.s3.amazonaws.com/mnist/"
@@ -110,7 +110,7 @@ def read_files(
 
 def find_files(data_root: str | None) -> list[Path]:
     """Paths of MNIST's four files, from the first folder that has them all, or downloaded. UsageError without any."""
-    roots = [Path(root).expanduser() for root in (data_root, os.environ.get("GANKIT_DATA")) if root]
+    roots = [expanded(root) for root in (data_root, os.environ.get("GANKIT_DATA")) if root]
     folders = [folder for root in roots for folder in (root, root / "mnist")]
     for folder in folders:
         found = [path for name in FILES if (path := _either(folder, name)) is not None]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from gankit.data.dataset import Dataset, Progress, split_dataset
+from gankit.data.dataset import Dataset, Progress, need_utf8, split_dataset
 from gankit.errors import UsageError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
@@ -122,6 +122,8 @@ def _classes(spec: str, paths: list[tuple[str, ...]]) -> tuple[torch.Tensor | No
         mixed = f"{spec} has images both beside and in folders: no classes are made" if folders else ""
         return None, (), (mixed,) if mixed else ()
     classes = tuple(sorted(set(folders)))
+    for name in classes:
+        need_utf8(name)
     number = {name: k for k, name in enumerate(classes)}
     parts_of_data = {"train", "test", "val", "valid", "validation"}
     note = f"the classes of {spec} are called {', '.join(classes)}: to train on one part, name its folder"
