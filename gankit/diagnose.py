@@ -209,10 +209,9 @@ def again(
 ) -> Suggestion:
     """The run once more with settings changed or a plugin added, as a command."""
     words = ["gankit", "run", "--config", shlex.quote(f"{record.path}/config.toml")]
-    if (folder := str(Path(record.path).parent)) != str(
-        Path(record.config.out)
-    ):  # it was moved here, or trained elsewhere
-        words += ["--out", shlex.quote(folder)]
+    folder = Path(record.path).parent
+    if folder != Path(record.config.out):  # it was moved here, or trained on another machine
+        words += ["--out", shlex.quote(str(folder))]
     if plugin:  # flags replace what the file has
         words += [word for name in (*record.config.plugin, plugin) for word in ("--plugin", shlex.quote(name))]
     words += options.split()
