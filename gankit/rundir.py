@@ -23,6 +23,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,14 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not -float("inf") < value < float("inf") else value
 
 
+def _parsed(lines: bytes) -> list[dict[str, Any]]:
+    found = []
+    for line in lines.splitlines():
+        with suppress(ValueError):  # of bytes that are no text, too
+            found.append(json.loads(line))
+    return found
+
+
 class RunDir:
     """The folder of one run."""
 
@@ -57,6 +66,7 @@ class RunDir:
         self.path = path
         self.samples = path / "samples"
         self.checkpoints = path / "checkpoints"
+        self._read: dict[str, tuple[int, list[dict[str, Any]]]] = {}  # by .jsonl file: how many bytes, and their rows
 
     @classmethod
     def create(cls, out: Path, name: str | None, label: str) -> RunDir:
@@ -122,22 +132,25 @@ class RunDir:
             file.write(json.dumps(_finite(row)) + "\n")
 
     def rows(self, name: str) -> list[dict[str, Any]]:
-        """The complete lines of a .jsonl file; a line cut off by a kill is left out."""
+        """The complete lines of a .jsonl file; a line cut off by a kill is left out. What was read before is remembered."""
         path = self.path / name
-        lines = path.read_text().splitlines() if path.exists() else []
-        found = []
-        for line in lines:
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-        return found
+        if not path.exists():
+            return []
+        size, found = self._read.get(name, (0, []))
+        with path.open("rb") as file:
+            file.seek(size)
+            new = file.read()
+        whole = new.rfind(b"\n") + 1
+        found = found + _parsed(new[:whole])
+        self._read[name] = size + whole, found
+        return found + _parsed(new[whole:])
 
     def trim(self, step: int) -> None:
         """Forget what was recorded after ``step``, for a run that continues from there, and what a kill left unfinished."""
         for name in ("stats.jsonl", "metrics.jsonl", "signals.jsonl"):
             kept = [row for row in self.rows(name) if (row["step"] or 0) <= step]
             write_atomic(self.path / name, "".join(json.dumps(row) + "\n" for row in kept))
+            self._read.pop(name, None)
         for picture in self.samples.glob("fakes-*.*"):
             if FAKES.fullmatch(picture.name) and step_of(picture) > step:
                 picture.unlink()

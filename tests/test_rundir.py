@@ -1,6 +1,7 @@
 """The run's folder: whatever is there is complete."""
 
 import errno
+import json
 import os
 import resource
 import shutil
@@ -95,6 +96,29 @@ def test_a_folder_is_held_once_and_free_again(run: RunDir) -> None:
         pass
     with held(run.path):
         pass
+
+
+def test_what_was_read_is_not_read_again(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run looks at its whole record at each evaluation."""
+    read: list[bytes] = []
+    monkeypatch.setattr(json, "loads", lambda line, loads=json.loads: read.append(line) or loads(line))
+    for step in (1, 2, 3):
+        run.append("stats.jsonl", {"step": step})
+        assert [row["step"] for row in run.rows("stats.jsonl")] == [*range(1, step + 1)]
+        assert len(read) == step
+    with (run.path / "stats.jsonl").open("a") as file:
+        file.write('{"step": 4')
+        file.flush()
+        assert len(run.rows("stats.jsonl")) == 3
+        file.write("}")
+        file.flush()
+        assert len(run.rows("stats.jsonl")) == 4
+        file.write("\n")
+    assert (
+        [row["step"] for row in run.rows("stats.jsonl")]
+        == [1, 2, 3, 4]
+        == [r["step"] for r in RunDir(run.path).rows("stats.jsonl")]
+    )
 
 
 def test_lines_cut_off_by_a_kill_are_left_out_and_later_ones_forgotten(run: RunDir) -> None:
