@@ -31,6 +31,11 @@ def metric_of(name: str) -> str:
     return name.partition("@")[0]
 
 
+def same_column(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether values of these two provenances may be compared: all facts are equal but the seed."""
+    return column("", a) == column("", b)
+
+
 def hash_of(tensors: Mapping[str, Tensor]) -> str:
     """Twelve hexadecimal digits of the SHA-256 of named tensors: names, types, shapes and bits, in any order."""
     digest = hashlib.sha256()

@@ -7,8 +7,9 @@ import re
 import subprocess
 import sys
 import unittest
+from collections import deque
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -20,13 +21,15 @@ from broken.declared import SlopeOfTheBatch
 from broken.effects import AsksForValues
 from click.testing import CliRunner
 from conformance import IN_TREE, SKIPPED, caught_by_its_own, failures, results
+from gankit_gradient_penalty import GradientPenalty
 from torch import Tensor, nn
 
-from gankit import GAN, Batch, UsageError, View, hookimpl
+from gankit import GAN, Batch, Player, UsageError, View, hookimpl, metrics
 from gankit.claims import Claims
 from gankit.cli import main
 from gankit.conformance import AFTER, CHECKS, checks_of, mend_of, rule_of
 from gankit.conformance.bench import global_random
+from gankit.conformance.surroundings import BUILT_IN
 from gankit.functional import logit_per_sample, squared_gradient_norm
 from gankit.testing import plugin_checks
 
@@ -291,7 +294,17 @@ def test_a_term_that_comes_with_another_loss_alone_is_seen() -> None:
 
 def test_options_reach_the_plugin() -> None:
     assert not failures("gradient_penalty", ("claimed_norm",), center=0.0, weight=3.0)
-    assert "claimed_norm" in failures("gradient_penalty", ("claimed_norm",), one_sided=True)  # not what the claim says
+    assert not failures("gradient_penalty", ("claimed_norm",), one_sided=True)
+
+    class TwoSided(GradientPenalty):
+        """Says nothing of its option."""
+
+        claims = replace(
+            GradientPenalty.claims, gradient_norm=lambda self, norm: self.weight * (norm - self.center) ** 2
+        )
+
+    assert not failures(TwoSided, ("claimed_norm",))
+    assert "claimed_norm" in failures(TwoSided, ("claimed_norm",), one_sided=True)
 
 
 def test_a_check_that_is_waived_says_why() -> None:
@@ -384,9 +397,64 @@ class OnceOnTheCPU(Plugin):
         return self.term((ones * places * listed * same * filled).mean())
 
 
+@dataclass(eq=False)
+class KeptOnTheCPU(Plugin):
+    """Made before there is a device: brought over by itself, by the core, in ``setup``, or what comes is brought to it."""
+
+    def __post_init__(self) -> None:
+        self.target, self.shift, self.histogram = torch.ones(1), torch.ones(1), torch.zeros(4)
+        self.judge = nn.BatchNorm1d(1)
+        self.past: deque[Tensor] = deque(maxlen=4)
+
+    @hookimpl
+    def players(self) -> dict[str, Player]:
+        return {"judge": Player(nn.Sequential(nn.Linear(1, 1), self.judge), "d")}
+
+    @hookimpl
+    def setup(self, gan: GAN) -> None:
+        self.shift = self.shift.to(gan.device)
+
+    @hookimpl
+    def pre_d_loss(self, gan: GAN, real_logits: Tensor) -> dict[str, Tensor]:
+        x = logit_per_sample(real_logits)
+        self.past.append(x.detach().mean())
+        judged = gan.players["judge"].module.eval()(x[:, None])
+        gan.players["judge"].module.train()
+        return self.term(((x - self.target.to(x)) * self.shift.to(x.dtype) * judged).mean())
+
+    @hookimpl
+    def post_step(self, phase: str, step: int) -> None:
+        if phase == "g" and step % 2 == 0:
+            self.histogram += torch.stack([*self.past]).cpu().histc(4)
+
+
+@dataclass(eq=False)
+class LogsInEveryStep(Plugin):
+    """It does so because the bench asks for ``every=1``; by default it seldom waits."""
+
+    every: Annotated[int, "log in every k-th step"] = 50
+
+    @hookimpl
+    def post_step(self, terms: dict[str, Tensor], step: int) -> None:
+        if step % self.every == 0:
+            self.last = {name: term.item() for name, term in terms.items()}
+
+
 def test_no_false_alarm_of_sides_and_devices() -> None:
     assert not failures(AlikeInTheMean, ("view_sides_alike",))
     assert not failures(OnceOnTheCPU, ("any_device", "float64", "own_loop"))
+    assert not failures(KeptOnTheCPU, ("any_device", "no_waiting", "no_graph_kept", "no_leak"))
+
+
+def test_no_false_alarm_of_a_log() -> None:
+    assert not failures(LogsInEveryStep, ("no_waiting",))
+    assert failures(LogsInEveryStep, ("no_waiting",), every=1).keys() == {"no_waiting"}
+
+
+def test_all_metrics_of_gankits_own_are_known() -> None:
+    half, points = torch.tensor([0.5, 0.5]), torch.zeros(2, 2)
+    found = metrics.share_metrics(torch.tensor([3, 1]), 4, half) | metrics.mode_metrics(points, points, 1.0)
+    assert found.keys() | metrics.label_modes(torch.zeros(2, 1).long()).keys() <= {*BUILT_IN}
 
 
 def test_unusual_but_right() -> None:

@@ -21,6 +21,7 @@ from gankit.errors import UsageError
 from gankit.gan import Latent
 from gankit.inversion import interpolate_latents, ivom, measured
 from gankit.joint import reconstruction_error
+from gankit.provenance import hash_of
 from gankit.run import load, read_data
 from gankit.rundir import RunDir
 from gankit.terminal import Terminal
@@ -194,15 +195,15 @@ def test_invert_a_run_of_images_with_an_encoder() -> None:
     arguments = ["invert", "r", "-n", "9", "--steps", "4", "--restarts", "2", "--seed", "1", "--checkpoint", "latest"]
     result = gankit(*arguments, "--json")
     found = json.loads(result.stdout)
+    gan, config = load(RunDir(Path("runs/r")), "latest", "cpu")
+    x = read_data(config, Terminal(inversion_console())).held_out(9)
     residual, error = found["metrics"]
     assert residual.startswith("ivom@n=9,test,") and error.startswith("reconstruction_error@n=9,test,")
     assert found["provenance"][residual] == {
-        "n": 9, "split": "test", "data": "x.npy", "steps": 4, "restarts": 2, "rate": 0.1,
+        "n": 9, "split": "test", "data": "x.npy", "steps": 4, "restarts": 2, "rate": 0.1, "reference": hash_of({"x": x}),
     }  # fmt: skip
     assert "worst IvOM" in result.stderr and "IvOM (n=9, test, " in result.stderr
 
-    gan, config = load(RunDir(Path("runs/r")), "latest", "cpu")
-    x = read_data(config, Terminal(inversion_console())).held_out(9)
     np.testing.assert_allclose(found["metrics"][error], float(reconstruction_error(gan, x).mean()), rtol=1e-5)
     assert found["variance"] == pytest.approx(x.numpy().var(axis=0).mean(), rel=1e-5)
     assert found["metrics"][residual] <= found["worst"]

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gankit.provenance import column, hash_of, metric_of
+from gankit.provenance import column, hash_of, metric_of, same_column
 
 FACTS = {"extractor": "digits", "weights": "0123", "n": 10_000, "split": "test", "k": 3, "seed": 1}
 PLAIN = st.one_of(st.integers(), st.text(max_size=5), st.booleans(), st.floats(allow_nan=False))
@@ -28,16 +28,18 @@ def test_a_column_says_what_a_person_needs_and_a_hash_of_all() -> None:
 def test_another_fact_is_another_column(fact: str) -> None:
     for other in ({**FACTS, fact: "x"}, {key: value for key, value in FACTS.items() if key != fact}):
         assert column("fid", other) != column("fid", FACTS)
+        assert not same_column(other, FACTS)
 
 
 def test_seeds_share_a_column() -> None:
     assert column("fid", {**FACTS, "seed": 2}) == column("fid", FACTS)
+    assert same_column({**FACTS, "seed": 2}, FACTS)
 
 
 @given(st.dictionaries(st.text(max_size=5), PLAIN, max_size=4), st.dictionaries(st.text(max_size=5), PLAIN, max_size=4))
 def test_one_column_means_the_same_provenance(a: dict[str, object], b: dict[str, object]) -> None:
     written = [json.dumps({k: v for k, v in facts.items() if k != "seed"}, sort_keys=True) for facts in (a, b)]
-    assert (column("m", a) == column("m", b)) == (written[0] == written[1])
+    assert (column("m", a) == column("m", b)) == same_column(a, b) == (written[0] == written[1])
 
 
 def test_hash_of_tensors_sees_names_types_shapes_and_bits() -> None:

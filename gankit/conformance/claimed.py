@@ -58,6 +58,17 @@ class Bowl:
         return self.a * x.flatten(1).square().sum(1) / 2
 
 
+class Valley:
+    """D(x) = (w . x)^2 / 2: the gradient is w wherever w . x = 1."""
+
+    def __init__(self, w: Tensor) -> None:
+        self.w = w.requires_grad_()
+
+    def __call__(self, x: Tensor, *others: Tensor) -> Tensor:
+        """(B,)."""
+        return (self.w * x).flatten(1).sum(1).square() / 2
+
+
 class Known:
     """D(x) = l_i + w_i . (x - x_i) for the nearest of some points x_i: any logits and slopes at them."""
 
@@ -242,6 +253,17 @@ def claimed_place(bench: Bench) -> None:
                 f"on {kind}s, between real and fake samples it is always at the same place: whatever the random numbers, "
                 f"the term is {term:.6g}",
                 "one random number for each sample, such as `gankit.functional.interpolate` draws",
+            )
+            # along two axes, so that w . x = 1 all the way between them
+            x, y = torch.zeros(2, 8, *KINDS[kind], dtype=torch.float64)
+            x.flatten(1)[:, 0], y.flatten(1)[:, -1] = 0.5, 2.0
+            w = 4 * x[:1] + y[:1] / 4
+            term, wanted = toy.term(Valley(w), x, y).item(), toy.said(f, w.detach().norm().view(1)).mean().item()
+            expect(
+                close(term, wanted, 1e-4),
+                f"on {kind}s, on the straight way from a real to a fake sample the term should be {wanted:.6g}, it is "
+                f"{term:.6g}, which is beside it",
+                "the same random number for all elements of a sample, such as `gankit.functional.interpolate` draws",
             )
         else:
             other = toy.term(Bowl(), near, -far).item()

@@ -14,6 +14,7 @@ from gankit.options import build, options_of
 from gankit.plugins import ContractError, available, manager
 
 CORE_NAMES = ("core", "loss", "stats", "averaging", "adv")
+NETWORKS = ("generator", "discriminator", "encoder")  # which a plugin may bring, in the place the GAN has for them
 WORDS = 3  # the least that says something
 
 
@@ -105,6 +106,11 @@ def names(bench: Bench) -> None:
                 own = name == bench.name or name.startswith(f"{bench.name}_")
                 expect(own, f"the {phase.upper()} term {name!r} does not begin with the plugin's name, {bench.name!r}")
                 expect(name not in others, f"the term {name!r} has the name of another plugin")
+        assert record.gan is not None
+        if brought := sorted(record.gan.players.keys() - NETWORKS):
+            taken = {*dir(bench.gan(record.kind, {})), *(f"{name}_ema" for name in record.gan.players)}
+            for name in brought:
+                expect(name not in taken, f"the player {name!r} has the name of something that the GAN has already")
 
 
 def no_cuda(bench: Bench) -> None:

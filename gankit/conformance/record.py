@@ -28,13 +28,16 @@ from gankit.plugins import ContractError
 from gankit.testing import Log
 
 EVERY_STEP = ("sample", "view", "critic", "pre_d_loss", "post_g_loss")
+# what alone is noted of calls elsewhere; "" is where the plugin is made. What happens once may wait, and have its own seed.
+ELSEWHERE = {"": ("device",), "setup": ("device",), "post_step": ("device", "wait")}
 FACTORIES = (
     "arange", "as_tensor", "asarray", "empty", "eye", "from_numpy", "full", "linspace", "logspace", "normal", "ones",
     "rand", "randint", "randn", "randperm", "tensor", "tril_indices", "triu_indices", "zeros",
 )  # fmt: skip
 WAITS = (
     "item", "tolist", "__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__", "numpy", "cpu",
-    "nonzero", "argwhere", "masked_select", "unique",
+    "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount", "equal", "allclose", "is_nonzero",
+    "__contains__",
 )  # fmt: skip
 MOVES = ("to", "cuda", "type_as", "as_tensor", "asarray")
 FILLS = ("copy_", "__setitem__")  # from any device, and what is filled stays where it is
@@ -45,7 +48,8 @@ class Probe(TorchFunctionMode):
 
     A tensor made without a device lies on the CPU, where ``torch.rand(3)`` puts it whatever the networks do; to mix it with
     theirs fails on a GPU. So such tensors are marked, and what mixes marked with others is noted. Tensors of one number mix
-    with everything. on_cpu: the lines of the file that name the CPU, see :func:`lines_on_cpu`.
+    with everything. on_cpu: the lines of the file that name the CPU, see :func:`lines_on_cpu`. astray: the marked tensors,
+    each with where it came to be on the CPU.
     """
 
     def __init__(
@@ -53,11 +57,11 @@ class Probe(TorchFunctionMode):
         note: Callable[[str, str], None],
         own: Callable[[], torch.Generator | None],
         file: str,
-        on_cpu: frozenset[int] = frozenset(),
+        on_cpu: frozenset[int],
+        astray: Any,
     ) -> None:
         super().__init__()
-        self.note, self.own, self.file, self.on_cpu = note, own, file, on_cpu
-        self.astray: Any = WeakIdKeyDictionary()
+        self.note, self.own, self.file, self.on_cpu, self.astray = note, own, file, on_cpu, astray
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call it, and note what it tells."""
@@ -69,16 +73,23 @@ class Probe(TorchFunctionMode):
         if name == "grad" and kwargs.get("create_graph"):
             self.note("double_backward", name)
         given = list(_tensors((args, tuple(kwargs.values()))))
-        if name in WAITS or (
+        fetched = name == "cpu" or (
             name == "to" and "cpu" in map(str, (*args[1:], kwargs.get("device"))) and _text(args, kwargs)
-        ):
+        )
+        if name in WAITS or fetched:
             self.note("wait", f"{name}{self.line()}")
+        elif _masked(name, args):
+            self.note("wait", f"an index with a mask{self.line()}")
         out = func(*args, **kwargs)
         made = name in FACTORIES and func is getattr(torch, name, None)
-        if made and not (name in MOVES and isinstance((*args, *kwargs.values())[0], Tensor)):
+        if fetched:
+            if out is args[0] and out not in self.astray:
+                out = out.clone()  # as it would be from another device
+            self.mark(out, f"{name}{self.line()} brings a tensor to the CPU")
+        elif made and not (name in MOVES and isinstance((*args, *kwargs.values())[0], Tensor)):
             device = kwargs.get("device")
             if device is None or isinstance(device, str) or self.number() in self.on_cpu:
-                self.mark(out, f"torch.{name}{self.line()}")
+                self.mark(out, f"torch.{name}{self.line()} makes a tensor without a device")
         elif name == "cuda" or (name in MOVES and _follows((*args[1:], *kwargs.values()))):
             for t in _tensors((out,)):
                 self.astray.pop(t, None)
@@ -86,14 +97,14 @@ class Probe(TorchFunctionMode):
             sources = [self.astray[t] for t in given if t in self.astray]
             others = [t for t in given if t.dim() and t not in self.astray]
             if sources and others and name != "__getitem__":
-                self.note("device", f"{sources[0]} makes a tensor without a device, and {name} mixes it with others")
+                self.note("device", f"{sources[0]}, and {name} mixes it with others")
             elif sources and args and not (name == "__getitem__" and args[0] not in self.astray):
                 for t in _tensors((out,)):
                     self.mark(t, sources[0])
         return out
 
     def mark(self, out: Any, source: str) -> None:
-        """Remember a tensor of more than one number as made without a device, and by what."""
+        """Remember that a tensor of more than one number lies on the CPU, and why."""
         if isinstance(out, Tensor) and out.dim():
             self.astray[out] = source
 
@@ -148,6 +159,14 @@ def _follows(values: Iterable[Any]) -> bool:
     return any(isinstance(value, (Tensor, torch.device)) for value in values)
 
 
+def _masked(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether it looks for the places where a mask is true, to take what is there, or to put several values there."""
+    if name != "__getitem__" and not (name == "__setitem__" and isinstance(args[2], Tensor) and args[2].dim()):
+        return False
+    index = args[1] if isinstance(args[1], (list, tuple)) else args[1:2]
+    return any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in index)
+
+
 def _text(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return any(isinstance(value, str) for value in (*args[1:], kwargs.get("device")))
 
@@ -164,7 +183,8 @@ class Record:
     """What happened in three steps on one kind of data, and in late ones, if the plugin had no term by then.
 
     error: why it stopped, or None. refused: the plugin refused these data. notes: per subject, what was noted at which step
-    of which hook. updates: the terms of each update.
+    of which hook. updates: the terms of each update. late: the late step by which it had a term, 0 if it had one before or
+    never.
     """
 
     def __init__(self, bench: Bench, kind: str) -> None:
@@ -176,9 +196,13 @@ class Record:
         self.phase = ""
         self.file = sys.modules[bench.factory.__module__].__file__ or ""
         self.on_cpu = lines_on_cpu(self.file)
+        self.astray: Any = WeakIdKeyDictionary()
+        self.looking = False
+        self.late = 0
         log = Log()
         try:
-            self.plugin = bench.plugin()
+            with self._probed(""):
+                self.plugin = bench.plugin()
             printed = io.StringIO()
             with quiet(), contextlib.redirect_stdout(printed):
                 core = {"log": log, "phase": self}
@@ -189,6 +213,7 @@ class Record:
                     if bench.has(*TERM_HOOKS.values()) and not any(self._names().values()):
                         self.gan.step = late - 2
                         train(self.gan, late)
+                        self.late = late if any(self._names().values()) else 0
             if text := printed.getvalue().strip():
                 self.note("print", "", f"{text.splitlines()[0]!r:.60}")
         except Skipped:
@@ -219,7 +244,6 @@ class Record:
     def _prepare(self, gan: GAN) -> None:
         self.gan = gan
         self.pulled = 0
-        self.looking = False
         draw = gan.next_real
 
         def next_real() -> Tensor:
@@ -245,36 +269,56 @@ class Record:
         """Around a stretch of the plugin's code: compare what must be as it was."""
         gan = self.gan
         assert gan is not None
-        before = self._looked(gan, hook, known)
-        if hook not in EVERY_STEP:
-            yield
+        with self._looks():
+            before = self._look(gan, hook, known)
+        if not gan.optimizers:  # the core has moved the networks that were brought to their device
+            for buffer in (b for player in gan.players.values() for b in player.module.buffers()):
+                self.astray.pop(buffer, None)
+        if hook in EVERY_STEP or hook in ELSEWHERE:
+            with self._probed(hook):
+                yield
         else:
-            calls = Counter[str]()
+            yield
+        with self._looks():
+            for (subject, what), value in self._look(gan, hook, known).items():
+                was = before.get((subject, what), value)
+                if not _alike(was, value):
+                    self.note(subject, hook, what)
 
-            def note(subject: str, text: str) -> None:
-                if not self.looking:  # a hook inside this one is looked at
-                    calls[subject] += 1
-                    self.note(subject, hook, text)
+    @contextmanager
+    def _probed(self, hook: str) -> Iterator[None]:
+        """Note what the plugin's code calls, by :class:`Probe`, and count it."""
+        gan, calls = self.gan, Counter[str]()
+        subjects = ELSEWHERE.get(hook)
+        if hook == "post_step" and "every" in self.bench.options.keys() - self.bench.given.keys():
+            subjects = ("device",)  # it may well log, and only the bench has it do so in every step
 
-            root = gan.players["discriminator"].module if "discriminator" in gan.players else None
-            handle = root and root.register_forward_pre_hook(lambda *_: calls.update(("forward",)))
-            try:
-                with Probe(note, lambda: gan.rngs.get(f"plugin:{self.bench.name}"), self.file, self.on_cpu):
-                    yield
-            finally:
-                if handle:
-                    handle.remove()
-            for subject, number in calls.items():
-                self.costs[subject, hook, gan.step] += number
-        for (subject, what), value in self._looked(gan, hook, known).items():
-            was = before.get((subject, what), value)
-            if not _alike(was, value):
-                self.note(subject, hook, what)
+        def note(subject: str, text: str) -> None:
+            # while a hook inside this one is looked at, the calls are not the plugin's
+            if not self.looking and (subjects is None or subject in subjects):
+                calls[subject] += 1
+                self.note(subject, hook, text)
 
-    def _looked(self, gan: GAN, hook: str, known: dict[str, Any]) -> dict[tuple[str, str], Any]:
+        def own() -> torch.Generator | None:
+            return gan.rngs.get(f"plugin:{self.bench.name}") if gan else None
+
+        player = gan.players.get("discriminator") if gan and hook in EVERY_STEP else None
+        handle = player and player.module.register_forward_pre_hook(lambda *_: calls.update(("forward",)))
+        try:
+            with Probe(note, own, self.file, self.on_cpu, self.astray):
+                yield
+        finally:
+            if handle:
+                handle.remove()
+        for subject, number in calls.items():
+            self.costs[subject, hook, gan.step if gan else 0] += number
+
+    @contextmanager
+    def _looks(self) -> Iterator[None]:
+        """A block in which it is this code that reads values, not the plugin's."""
         self.looking = True
         try:
-            return self._look(gan, hook, known)
+            yield
         finally:
             self.looking = False
 
@@ -298,6 +342,7 @@ class Record:
             if name != f"plugin:{self.bench.name}":
                 found["stream", f"draws from the stream {name!r}"] = rng.get_state()
         for network, module in gan.networks().items():
+            own = network not in ("generator", "discriminator") or type(module).__module__ != networks.__name__
             for name, m in module.named_modules():
                 path = f"{network}.{name}".rstrip(".")
                 found["switch", f"training mode of {path}"] = m.training
@@ -307,10 +352,11 @@ class Record:
             for name, p in module.named_parameters():
                 if hook != "setup":
                     found["switch", f"requires_grad of {network}.{name}"] = p.requires_grad
+                elif not own:
+                    found["frozen", f"{network}.{name}"] = p.requires_grad
                 found["grad", f".grad of {network}.{name}"] = None if p.grad is None else (p.grad, p.grad._version)
             if hook in EVERY_STEP:
                 # a network that runs moves its statistics: those of G in sample, those of the plugin's own anywhere
-                own = network not in ("generator", "discriminator") or type(module).__module__ != networks.__name__
                 runs = own or hook == "sample"
                 for name, t in (*module.named_parameters(), *(() if runs else module.named_buffers())):
                     found["weights", f"{network}.{name}"] = (t.detach().clone(), t._version)

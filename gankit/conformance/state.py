@@ -38,10 +38,10 @@ def two_at_once(bench: Bench) -> None:
     """
     for kind in bench.kinds():
         with quiet(), global_random(0):
-            gans = [bench.gan(kind, {bench.name: bench.plugin()}, seed=seed) for seed in (0, 1)]
-            for step in range(1, STEPS + 1):
+            gans = [_begun(bench, kind, seed=seed) for seed in (0, 1)]
+            for _ in range(STEPS):
                 for gan in gans:
-                    train(gan, step)
+                    train(gan, gan.step + 1)
         name = unequal(plain_end(bench, kind), weights_of(gans[0]))
         expect(not name, f"on {kind}s, another GAN in the same process changes the training, first in {name!r}")
 
@@ -54,13 +54,14 @@ def resumes(bench: Bench) -> None:
     """
     for kind in bench.kinds():
         with quiet(), global_random(0):
-            first, second = (bench.gan(kind, {bench.name: bench.plugin()}) for _ in range(2))
-            train(first, STEPS // 2)
+            first, second = (_begun(bench, kind) for _ in range(2))
+            until = first.step + STEPS
+            train(first, until - STEPS // 2)
             saved = _through_file({"weights": first.weights(), "state": first.state_dict()}, weights_only=False)
             try:
                 second.load_weights(saved["weights"])
                 second.load_state_dict(saved["state"])
-                train(second, STEPS)
+                train(second, until)
             except Exception as error:
                 raise Failed(f"on {kind}s, a saved run cannot be continued: {sentence(error)}") from error
         name = unequal(plain_end(bench, kind), weights_of(second))
@@ -75,9 +76,17 @@ def plain_end(bench: Bench, kind: str) -> dict[str, Tensor]:
 def end(bench: Bench, kind: str, core: Mapping[str, object] | None = None) -> dict[str, Tensor]:
     """The weights at the end of a run of a fresh plugin on a fresh GAN."""
     with quiet(), global_random(0):
-        gan = bench.gan(kind, {bench.name: bench.plugin()}, core=core)
-        train(gan, STEPS)
+        gan = _begun(bench, kind, core=core)
+        train(gan, gan.step + STEPS)
     return weights_of(gan)
+
+
+def _begun(bench: Bench, kind: str, **settings: Any) -> GAN:
+    """A fresh GAN with a fresh plugin alone, from where it has terms within ``STEPS``, if it has them late."""
+    late = next(record.late for record in bench.records() if record.kind == kind)
+    gan = bench.gan(kind, {bench.name: bench.plugin()}, **settings)
+    gan.step = max(0, late - STEPS)
+    return gan
 
 
 def plain_state(bench: Bench) -> None:
@@ -130,7 +139,7 @@ def no_leak(bench: Bench) -> None:
                 train(gan, until)
                 gc.collect()
                 tensors = sum(issubclass(type(o), Tensor) for o in gc.get_objects()) - _bounded(vars(plugin))
-                counts.append((sum(1 for _ in walk(vars(plugin), "")), tensors))
+                counts.append((sum(1 for _ in walk(vars(plugin), "", bounded=False)), tensors))
         finally:
             gc.unfreeze()
     for what, before, after in zip(("things in it", "tensors"), *counts, strict=True):
@@ -173,6 +182,12 @@ def parameters_kept(bench: Bench) -> None:
     for record in bench.trained():
         gan = record.gan
         assert gan is not None
+        where, _, name = record.found("frozen").partition(": ")
+        expect(
+            not name,
+            f"{where}: freezes {name}, which no optimiser trains from then on",
+            'keep its requires_grad; if it is frozen on purpose: `claims = Claims(waives={"parameters_kept": "why"})`',
+        )
         for phase in "dg":
             there = {id(p) for player in gan.players.values() for p in player.module.parameters()}
             for p in gan.parameters(phase):
@@ -198,17 +213,18 @@ def _through_file(value: Any, *, weights_only: bool) -> Any:
     return torch.load(file, weights_only=weights_only)
 
 
-def walk(value: Any, path: str) -> Any:
-    """(path, value) of everything inside containers; those with a bounded length count as one."""
+def walk(value: Any, path: str, *, bounded: bool = True) -> Any:
+    """(path, value) of everything inside containers; without ``bounded`` those with a bounded length count as one."""
     yield path, value
     if isinstance(value, Mapping):
         for key, inside in value.items():
-            yield from walk(inside, f"{path}.{key}".lstrip("."))
-    elif isinstance(value, (list, tuple, set, deque)) and getattr(value, "maxlen", None) is None:
+            yield from walk(inside, f"{path}.{key}".lstrip("."), bounded=bounded)
+    elif isinstance(value, (list, tuple, set, deque)) and (bounded or getattr(value, "maxlen", None) is None):
         for i, inside in enumerate(value):
-            yield from walk(inside, f"{path}[{i}]")
+            yield from walk(inside, f"{path}[{i}]", bounded=bounded)
 
 
 def _bounded(value: Any) -> int:
     """The number of tensors in containers whose length is bounded."""
-    return sum(sum(isinstance(t, Tensor) for t in v) for _, v in walk(value, "") if isinstance(v, deque) and v.maxlen)
+    found = (v for _, v in walk(value, "", bounded=False) if isinstance(v, deque) and v.maxlen)
+    return sum(isinstance(t, Tensor) for v in found for t in v)

@@ -429,7 +429,10 @@ def metrics(bench: Bench) -> None:
         expect(not changed, f"on {kind}s, measuring changes the networks, first in {changed!r}")
 
 
-BUILT_IN = ("modes", "high_quality", "reverse_kl", "jsd", "sliced_wasserstein", "energy_distance")
+BUILT_IN = (
+    "modes", "high_quality", "reverse_kl", "jsd", "kl_to_truth", "worst_share_ratio", "rare_share", "sliced_wasserstein",
+    "energy_distance", "step",
+)  # fmt: skip
 
 
 def _noise(shape: tuple[int, ...]) -> Dataset:

@@ -114,7 +114,7 @@ class DRAGAN:
     formula: ClassVar[str] = "weight * mean_i (||grad D(x_i + delta_i)||_2 - center)^2,  delta ~ N(0, c I)"
     paper: ClassVar[str] = "Kodali et al. 2017, On Convergence and Stability of GANs (DRAGAN), arXiv:1705.07215"
     claims: ClassVar[Claims] = Claims(
-        gradient_norm=lambda self, norm: self.weight * (norm - self.center) ** 2,
+        gradient_norm=lambda self, norm: self.weight * self.every * (norm - self.center) ** 2,
         at="near_real",
         per_sample=True,
         non_negative=True,
@@ -136,6 +136,8 @@ class DRAGAN:
         if not (0 <= self.weight < math.inf and 0 <= self.center < math.inf):
             raise ValueError("weight and center must not be negative, infinite or NaN")
         check(self.noise, self.scale, self.c)
+        if self.c is not None and self.scale != type(self).scale:
+            raise ValueError("c sets the size of the noise by itself: leave out scale")
         if self.every < 1:
             raise ValueError("every must be at least 1")
 

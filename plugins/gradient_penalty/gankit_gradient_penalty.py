@@ -61,7 +61,9 @@ class GradientPenalty:
     formula: ClassVar[str] = "weight * mean_i (||grad D(x~_i)||_2 - center)^2,  x~ = u x + (1 - u) G(z)"
     paper: ClassVar[str] = "Gulrajani et al. 2017, Improved Training of Wasserstein GANs, arXiv:1704.00028, eq. 3"
     claims: ClassVar[Claims] = Claims(
-        gradient_norm=lambda self, norm: self.weight * (norm - self.center) ** 2,
+        gradient_norm=lambda self, norm: (
+            self.weight * self.every * ((norm - self.center).relu() if self.one_sided else norm - self.center) ** 2
+        ),
         at="between",
         per_sample=True,
         non_negative=True,

@@ -53,7 +53,11 @@ class LeCam:
     )
     claims: ClassVar[Claims] = Claims(
         logits=lambda self, real, fake: (
-            self.weight * ((real - self.averages[1]).square().mean() + (fake - self.averages[0]).square().mean())
+            self.weight
+            * sum(
+                (gap.relu() if self.one_sided else gap).square().mean()
+                for gap in (real - self.averages[1], self.averages[0] - fake)
+            )
         ),
         per_sample=True,
         non_negative=True,

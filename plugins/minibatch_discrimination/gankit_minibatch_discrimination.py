@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from gankit import GAN
 
 Kind = Literal["kernels", "stddev"]
+# options of the other kind
+OTHERS: dict[Kind, tuple[str, ...]] = {
+    "kernels": ("group_size",),
+    "stddev": ("kernels", "dims", "weight_norm", "average", "calibrate"),
+}
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CACHED = 2**17  # numbers that a processor's cache holds: matrices in it are handled several times faster
 NEAREST = 2.0  # distance to the nearest other sample that the official code starts from
@@ -467,6 +472,9 @@ class MinibatchStatistics:
             raise ValueError(f"kind is 'kernels' or 'stddev', not {self.kind!r}")
         if self.calibrate not in ("center", "scale", "off"):
             raise ValueError(f"calibrate is 'center', 'scale' or 'off', not {self.calibrate!r}")
+        for name in OTHERS[self.kind]:
+            if getattr(self, name) != getattr(type(self), name):
+                raise ValueError(f"kind={self.kind} has no {name}: leave it out, or choose the other kind")
         self.layer: MinibatchDiscrimination | MinibatchStddev | None = None  # known after setup
         self.calibrated = False
 

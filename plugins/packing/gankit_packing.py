@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from torch import Tensor
 
 from gankit import UsageError, View, hookimpl
+
+if TYPE_CHECKING:
+    from gankit import GAN
 
 
 def pack(tensor: Tensor, m: int = 2) -> Tensor:
@@ -51,18 +54,20 @@ class Packing:
             raise ValueError("m must be at least 1")
 
     @hookimpl(wrapper=True, tryfirst=True)
-    def view(self) -> Generator[None, View, View]:
+    def view(self, gan: GAN) -> Generator[None, View, View]:
         """Pack every tensor of both sides, x, latents and labels alike; outermost, so it packs what others show.
 
         Called for the first time while the discriminator is built, which is when a batch that does not divide by m is
         refused.
         """
         view = yield
-        samples = len(view.real[0])
+        samples, processes = len(view.real[0]), gan.team.size
         if samples % self.m:
-            fitting = -(-samples // self.m) * self.m
+            fitting = -(-samples // self.m) * self.m * processes
+            share = f"each process's share, {samples} of " if processes > 1 else ""
             raise UsageError(
-                f"packing joins {self.m} samples at a time, which does not divide the batch of {samples}: "
+                f"packing joins {self.m} samples at a time, which does not divide "
+                f"{share}the batch of {samples * processes}: "
                 f"set the batch size to {fitting}; where only a data loader's last batch is short, drop it (drop_last=True)"
             )
         real, fake = (tuple(pack(t, self.m) for t in side) for side in view)

@@ -44,7 +44,9 @@ class R2:
         "Mescheder et al. 2018, Which Training Methods for GANs do actually Converge?, arXiv:1801.04406, eq. 10"
     )
     claims: ClassVar[Claims] = Claims(
-        gradient_norm=lambda self, norm, step, steps: self.weight * self.decay_to ** (step / steps) / 2 * norm**2,
+        gradient_norm=lambda self, norm, step, steps: (
+            self.weight * self.decay_to ** (step / steps) * self.every / 2 * norm**2
+        ),
         at="fake",
         per_sample=True,
         non_negative=True,

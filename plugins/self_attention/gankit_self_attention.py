@@ -247,6 +247,9 @@ class SelfAttention:
         for phase, after in (("g", self.g_after), ("d", self.d_after)):
             if after is not None and self.on not in (phase, "both"):
                 raise ValueError(f"{phase}_after names a place in a network that on={self.on} leaves alone")
+        places = {"both": (self.g_after, self.d_after), "g": (self.g_after,), "d": (self.d_after,)}[self.on]
+        if self.resolution is not None and None not in places:
+            raise ValueError("resolution has no use where a module is named in every network: leave out one of the two")
 
     @hookimpl(tryfirst=True)
     def setup(self, gan: GAN) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 from gankit import UsageError, hookimpl
 from gankit.checks import spectral_norms
@@ -74,12 +74,6 @@ def normalize(
     return module
 
 
-def _norm(layer: nn.Module) -> bool:
-    """Whether torch's parametrization for spectral norm acts on this layer's weight."""
-    chains = getattr(layer, "parametrizations", {})
-    return "weight" in chains and any("SpectralNorm" in type(p).__name__ for p in chains["weight"])
-
-
 @dataclass(eq=False)
 class SpectralNorm:
     """Divide each weight of the discriminator by its spectral norm, which bounds how steep it can be (SNGAN)."""
@@ -121,6 +115,6 @@ class SpectralNorm:
             return
         for average in gan.averages.values():
             for layer in layers(average):
-                if _norm(layer):
+                if parametrize.is_parametrized(layer, "weight") and spectral_norms(layer):
                     layer.parametrizations["weight"].train()  # type: ignore[index, union-attr]
                     _ = layer.weight  # one power iteration

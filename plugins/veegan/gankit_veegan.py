@@ -26,11 +26,12 @@ def latent_distance(z: Tensor, reconstruction: Tensor, distance: str = "l2") -> 
     "l2": d(a, b) = ||a - b||_2^2, summed over the latent's coordinates. "cosine": d(a, b) = 1 - a.b / (||a|| ||b||),
     between 0 and 2, blind to lengths (with one coordinate it compares signs only, and has no gradient).
 
-    z, reconstruction: (B, z_dim) each. Returns a 0-dim tensor with a graph to both. No critic forward. Raises
-    ValueError if the shapes differ or the distance is unknown.
+    z, reconstruction: (B, \\*latent) each, one vector per sample whatever the shape. Returns a 0-dim tensor with a graph to
+    both. No critic forward. Raises ValueError if the shapes differ or the distance is unknown.
     """
     if z.shape != reconstruction.shape:
         raise ValueError(f"a reconstruction has the shape of z, {tuple(z.shape)}, not {tuple(reconstruction.shape)}")
+    z, reconstruction = z.flatten(1), reconstruction.flatten(1)
     if distance == "l2":
         return (z - reconstruction).square().sum(1).mean()
     if distance == "cosine":

@@ -59,4 +59,5 @@ class WeightClipping:
     def post_step(self, gan: GAN, phase: str) -> None:
         """After each of the ``d_steps`` updates of a step; the initial weights are not clipped, as in the paper."""
         if phase == "d":
-            clip_weights(gan.parameters("d"), self.c)
+            # gankit.attach lists the frozen ones, too
+            clip_weights((p for p in gan.parameters("d") if p.requires_grad), self.c)

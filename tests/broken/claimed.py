@@ -136,6 +136,23 @@ class HalfWay(Plugin):
         return self.term((norm_per_sample(input_gradients(critic(*x), x)) - 1).square().mean())
 
 
+class BesideTheWay(Plugin):
+    """A mixing weight for each element: anywhere in the box around the two samples."""
+
+    caught_by: ClassVar[str] = "claimed_place"
+    claims: ClassVar[Claims] = Claims(gradient_norm=NORM.gradient_norm, at="between")
+
+    @hookimpl
+    def pre_d_loss(self, gan: GAN, critic: Callable[..., Tensor], view: View) -> dict[str, Tensor]:
+        def mixed(real: Tensor, fake: Tensor) -> Tensor:
+            if not real.is_floating_point():
+                return real
+            return fake + torch.empty_like(real).uniform_(generator=gan.rng(self)) * (real - fake)
+
+        x = tuple(mixed(r, f) for r, f in zip(*view, strict=True))
+        return self.term((norm_per_sample(input_gradients(critic(*x), x)) - 1).square().mean())
+
+
 class NoiseAlone(Plugin):
     """The noise around the real samples, without the samples."""
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from broken import Plugin
-from gankit import Batch, View, hookimpl
+from gankit import GAN, Batch, Player, View, hookimpl
 from gankit.functional import squared_gradient_norm
 
 
@@ -192,6 +192,20 @@ class WrongName(Plugin):
     @hookimpl
     def pre_d_loss(self, real_logits: Tensor) -> dict[str, Tensor]:
         return {"penalty": self.weight * real_logits.square().mean()}
+
+
+class TakenName(Plugin):
+    """A network in the place where the GAN has the folder of the run."""
+
+    caught_by: ClassVar[str] = "names"
+
+    @hookimpl
+    def players(self) -> dict[str, Player]:
+        return {"folder": Player(nn.Linear(1, 1), "d")}
+
+    @hookimpl
+    def pre_d_loss(self, gan: GAN, real_logits: Tensor) -> dict[str, Tensor]:
+        return self.term(gan.players["folder"].module(real_logits.reshape(-1, 1)).square().mean())
 
 
 class LogOfNothing(Plugin):

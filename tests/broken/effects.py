@@ -283,6 +283,46 @@ class FillsACopy(Plugin):
         return self.term((known * real_logits).mean())
 
 
+@dataclass(eq=False)
+class MadeBefore(Plugin):
+    """A target that is made with the plugin, long before there is a device."""
+
+    caught_by: ClassVar[str] = "any_device"
+
+    def __post_init__(self) -> None:
+        self.target = torch.zeros(1)
+
+    @hookimpl
+    def pre_d_loss(self, real_logits: Tensor) -> dict[str, Tensor]:
+        return self.term((logit_per_sample(real_logits) - self.target).square().mean())
+
+
+class AverageOnTheCPU(Plugin):
+    """An average that begins in ``setup``, without a device, and is mixed with logits after the step."""
+
+    caught_by: ClassVar[str] = "any_device"
+
+    @hookimpl
+    def setup(self) -> None:
+        self.average = torch.zeros(1)
+
+    @hookimpl
+    def pre_d_loss(self, real_logits: Tensor) -> dict[str, Tensor]:
+        self.seen = logit_per_sample(real_logits).detach().mean(0, keepdim=True)
+        return self.term((real_logits - self.average.mean()).square().mean())
+
+    @hookimpl
+    def post_step(self, phase: str) -> None:
+        if phase == "d":
+            self.average = self.average.lerp(self.seen.to(self.average.dtype), 0.1)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"average": self.average}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.average = state["average"]
+
+
 class AsksForValues(Plugin):
     """``if`` on a tensor, in every step."""
 
@@ -292,6 +332,42 @@ class AsksForValues(Plugin):
     def pre_d_loss(self, real_logits: Tensor) -> dict[str, Tensor] | None:
         drift = real_logits.square().mean()
         return self.term(drift) if drift > 0 else None
+
+
+class ReadsAfterwards(Plugin):
+    """Its term as a number, after every step."""
+
+    caught_by: ClassVar[str] = "no_waiting"
+
+    @hookimpl
+    def pre_d_loss(self, real_logits: Tensor) -> dict[str, Tensor]:
+        return self.term(real_logits.square().mean())
+
+    @hookimpl
+    def post_step(self, terms: dict[str, Tensor], phase: str) -> None:
+        if phase == "d":
+            self.last = terms["reads_afterwards"].item()
+
+
+class TakesByMask(Plugin):
+    """How many logits are above 0 has to be known before they can be taken."""
+
+    caught_by: ClassVar[str] = "no_waiting"
+
+    @hookimpl
+    def pre_d_loss(self, real_logits: Tensor) -> dict[str, Tensor]:
+        x = logit_per_sample(real_logits)
+        return self.term(x[x > 0].square().sum() / len(x))
+
+
+class AsksWhetherEqual(Plugin):
+    """No value is read, but one answer."""
+
+    caught_by: ClassVar[str] = "no_waiting"
+
+    @hookimpl
+    def pre_d_loss(self, view: View, real_logits: Tensor) -> dict[str, Tensor] | None:
+        return None if torch.equal(view.real[0], view.fake[0]) else self.term(real_logits.square().mean())
 
 
 class ForgetsHooks(Plugin):

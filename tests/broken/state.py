@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -36,6 +37,17 @@ class ForgetsOnSave(Anchor):
     """It has no state_dict."""
 
     caught_by: ClassVar[str] = "resumes"
+
+
+class ForgetsLate(Anchor):
+    """It has no state_dict, which does not matter before it has a term."""
+
+    caught_by: ClassVar[str] = "resumes"
+
+    @hookimpl
+    def pre_d_loss(self, real_logits: Tensor, step: int) -> dict[str, Tensor] | None:
+        found = super().pre_d_loss(real_logits)
+        return found if step > 5 else None
 
 
 class SavesObjects(Anchor):
@@ -179,6 +191,21 @@ class KeepsTheGraph(Plugin):
 
 
 @dataclass(eq=False)
+class KeepsTheLastGraphs(Plugin):
+    """The last means, no more, but each with the graph of its step."""
+
+    caught_by: ClassVar[str] = "no_graph_kept"
+
+    def __post_init__(self) -> None:
+        self.past: deque[Tensor] = deque(maxlen=4)
+
+    @hookimpl
+    def pre_d_loss(self, real_logits: Tensor) -> dict[str, Tensor]:
+        self.past.append(real_logits.mean())
+        return self.term(real_logits.square().mean())
+
+
+@dataclass(eq=False)
 class KeepsEverything(Plugin):
     """All terms, for a plot."""
 
@@ -207,6 +234,16 @@ class NewParameters(Plugin):
             for m in gan.discriminator.modules():
                 if isinstance(m, nn.Linear):
                     m.weight = nn.Parameter(m.weight.detach().clamp(-0.1, 0.1))
+
+
+class Freezes(Plugin):
+    """The first weights of D are to stay as they are, which its author forgot to take out again."""
+
+    caught_by: ClassVar[str] = "parameters_kept"
+
+    @hookimpl
+    def setup(self, gan: GAN) -> None:
+        next(gan.discriminator.parameters()).requires_grad_(False)
 
 
 class Explodes(Plugin):

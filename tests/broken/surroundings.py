@@ -187,6 +187,16 @@ class MovesTheStream(Plugin):
         return {"moves_the_stream": 1.0}
 
 
+class KnownName(Plugin):
+    """A metric under the name of one that some data have."""
+
+    caught_by: ClassVar[str] = "metrics"
+
+    @hookimpl
+    def evaluate(self, draw: Callable[[int], Tensor]) -> dict[str, float]:
+        return {"kl_to_truth": draw(50).mean().item()}
+
+
 class OnlyOurs(Plugin):
     """A setting that only a run of gankit's own has."""
 

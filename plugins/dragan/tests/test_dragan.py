@@ -20,7 +20,7 @@ from gankit import GAN, UsageError, View, hookimpl
 from gankit.gan import derive_seed
 from gankit.loop import update
 from gankit.options import build
-from gankit.testing import run, tiny_gan
+from gankit.testing import plugin_checks, run, tiny_gan
 
 torch.set_num_threads(1)
 
@@ -342,6 +342,12 @@ def test_every_k_is_k_times_as_strong_and_absent_in_between() -> None:
     assert terms[1]["dragan"] == pytest.approx(2 * alone[1]["dragan"])
 
 
+@pytest.mark.parametrize("name", ["claimed_norm", "claimed_place"])
+def test_the_claims_know_of_every(name: str) -> None:
+    (check,) = (check for check in plugin_checks("dragan", every=4) if str(check) == name)
+    check()
+
+
 def test_same_seed_same_terms_and_the_next_step_after_a_round_trip() -> None:
     first, log = run({"dragan": DRAGAN()}, steps=2)
     assert log.updates == run({"dragan": DRAGAN()}, steps=2)[1].updates
@@ -363,6 +369,7 @@ def test_same_seed_same_terms_and_the_next_step_after_a_round_trip() -> None:
         ({"scale": -1}, "scale"),
         ({"c": -1}, "c must not"),
         ({"noise": "code", "c": 1}, "set scale"),
+        ({"c": 1, "scale": 0.1}, "leave out scale"),
         ({"noise": "normal"}, "paper|code"),
         ({"every": 0}, "every"),
     ],

@@ -22,7 +22,7 @@ from gankit import GAN, Batch, UsageError, View, hookimpl
 from gankit.gan import derive_seed
 from gankit.loop import update
 from gankit.options import build, options_of
-from gankit.testing import Log, run, tiny_gan
+from gankit.testing import Log, plugin_checks, run, tiny_gan
 
 torch.set_num_threads(1)
 
@@ -625,6 +625,13 @@ def test_options_arrive() -> None:
     w = tiny_gan(discriminator=linear).discriminator.weights[0].norm().item()
     term, _, _ = first_term({"gradient_penalty": GradientPenalty(weight=2.0, center=w + 1, one_sided=True)})
     assert term == 0
+
+
+@pytest.mark.parametrize("options", [{"one_sided": True}, {"every": 4}, {"one_sided": True, "every": 2}], ids=str)
+@pytest.mark.parametrize("name", ["claimed_norm", "claimed_place"])
+def test_the_claims_know_the_options(name: str, options: dict[str, Any]) -> None:
+    (check,) = (check for check in plugin_checks("gradient_penalty", **options) if str(check) == name)
+    check()
 
 
 def test_a_critic_with_batch_norm_is_refused() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gankit import GAN, UsageError, hookimpl
 from gankit.loop import update
 from gankit.options import build
-from gankit.testing import run, tiny_gan
+from gankit.testing import plugin_checks, run, tiny_gan
 
 torch.set_num_threads(1)
 
@@ -260,6 +260,12 @@ def test_weight_0_changes_no_bit(kind: str) -> None:
 def test_one_sided_arrives() -> None:
     terms = [run({"lecam": LeCam(one_sided=o)}, steps=2)[1].updates[2][2]["lecam"] for o in (False, True)]
     assert 0 <= terms[1] < terms[0]
+
+
+@pytest.mark.parametrize("one_sided", [False, True])
+def test_the_claim_knows_of_one_sided(one_sided: bool) -> None:
+    (check,) = (check for check in plugin_checks("lecam", one_sided=one_sided) if str(check) == "claimed_logits")
+    check()
 
 
 def test_state_survives_and_gives_the_same_next_step() -> None:

@@ -451,7 +451,8 @@ def plugins(*names: str, **options: Any) -> dict[str, object]:
 
 
 def small(kind: Any = "kernels", **options: Any) -> MinibatchStatistics:
-    return MinibatchStatistics(kind=kind, **{"kernels": 6, "dims": 3, **options})
+    sizes = {"kernels": 6, "dims": 3} if kind == "kernels" else {}
+    return MinibatchStatistics(kind=kind, **{**sizes, **options})
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -516,7 +517,7 @@ class Spy:
 @pytest.mark.parametrize("kind", KINDS)
 def test_real_and_fake_are_never_compared(kind: Any) -> None:
     spy = Spy()
-    gan = tiny_gan(plugins={"mine": small(kind, calibrate="off"), "spy": spy})
+    gan = tiny_gan(plugins={"mine": small(kind, **({"calibrate": "off"} if kind == "kernels" else {})), "spy": spy})
     old = copy.deepcopy(gan.discriminator)
     update(gan, "d", 1)
     assert [len(x) for x in spy.inputs] == [8, 8]
@@ -596,7 +597,8 @@ def test_a_continued_run_is_the_uninterrupted_one_to_the_bit(options: dict[str, 
 @pytest.mark.parametrize("other", ["gradient_penalty", "r1", "packing", "bigan", "unrolled", "pairwise_gp"])
 def test_it_combines(kind: str, data: str, other: str) -> None:
     for names in (("minibatch_discrimination", other), (other, "minibatch_discrimination")):
-        _, log = run(plugins(*names, kind=kind, kernels=6), kind=data, steps=2)
+        sizes = {"kernels": 6} if kind == "kernels" else {}
+        _, log = run(plugins(*names, kind=kind, **sizes), kind=data, steps=2)
         assert all(math.isfinite(v) for *_, terms in log.updates for v in terms.values())
 
 
@@ -661,3 +663,23 @@ def test_choices_that_there_are_not(options: dict[str, Any]) -> None:
     (name,) = options
     with pytest.raises(ValueError, match=f"{name} is '.*' or '.*', not '{options[name]}'"):
         MinibatchStatistics(**options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("stddev", {"kernels": 6}),
+        ("stddev", {"dims": 3}),
+        ("stddev", {"weight_norm": True}),
+        ("stddev", {"average": True}),
+        ("stddev", {"calibrate": "off"}),
+        ("kernels", {"group_size": 8}),
+    ],
+    ids=str,
+)
+def test_options_of_the_other_kind_are_refused(kind: Any, options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(UsageError, match=f"kind={kind} has no {name}"):
+        create(["minibatch_discrimination"], {"minibatch_discrimination": {"kind": kind, **options}})
+    defaults = {name: getattr(MinibatchStatistics, name)}
+    create(["minibatch_discrimination"], {"minibatch_discrimination": {"kind": kind, **defaults}})

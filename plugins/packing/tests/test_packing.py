@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gankit import UsageError, View, hookimpl
+from gankit.distributed import Team
 from gankit.gan import derive_seed
 from gankit.loop import train, update
 from gankit.plugins import create
@@ -131,6 +132,20 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_numbers() -> None:
         tiny_gan(plugins={"packing": Packing(3)})
     with pytest.raises(ValueError, match="at least 1"):
         Packing(0)
+
+
+@pytest.mark.parametrize(("batch", "m", "fitting"), [(10, 2, 12), (4, 3, 6)])
+def test_with_several_processes_the_numbers_are_those_of_the_whole_batch(batch: int, m: int, fitting: int) -> None:
+    packing = Packing(m)
+    gan = tiny_gan(batch_size=batch)
+    gan.team, gan.plugins = Team(0, 2), {"packing": packing}
+    gan.manager.register(packing, "packing")
+    with pytest.raises(
+        UsageError, match=rf"share, {batch // 2} of the batch of {batch}: set the batch size to {fitting};"
+    ):
+        gan.first_view()
+    gan.batch_size = fitting
+    assert len(gan.first_view().real[0]) == fitting // 2 // m
 
 
 def test_a_discriminator_made_for_single_samples_is_refused() -> None:

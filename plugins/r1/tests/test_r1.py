@@ -283,6 +283,13 @@ def test_conformance_of_a_weight_that_falls(name: str) -> None:
     check()
 
 
+@pytest.mark.parametrize("options", [{"every": 4}, {"every": 4, "decay_to": 0.01}], ids=str)
+@pytest.mark.parametrize("name", ["claimed_norm", "claimed_place"])
+def test_the_claims_know_of_every(name: str, options: dict[str, Any]) -> None:
+    (check,) = (check for check in plugin_checks("r1", **options) if str(check) == name)
+    check()
+
+
 def test_a_weight_that_falls_needs_to_know_how_far_there_is_to_go() -> None:
     gan = tiny_gan(plugins={"r1": R1(decay_to=0.5)})
     with pytest.raises(UsageError, match="how many steps"):

@@ -488,7 +488,7 @@ def test_networks_of_ones_own() -> None:
     own = {"generator": Pictures, "discriminator": lambda: nn.Sequential(Residual(), nn.Identity())}
     gan, _ = run({"self_attention": SelfAttention()}, kind="image", **own)
     assert blocks(gan) == {"generator": ["norm"], "discriminator": ["0.blocks.0"]}
-    named = SelfAttention(g_after="grow", d_after="0.blocks.1", resolution=99)
+    named = SelfAttention(g_after="grow", d_after="0.blocks.1")
     assert blocks(run({"a": named}, kind="image", **own)[0]) == {"generator": ["grow"], "discriminator": ["0.blocks.1"]}
     assert gan.generator.norm.attention.gamma != 0
 
@@ -527,6 +527,9 @@ def test_what_it_refuses() -> None:
         SelfAttention(on="d", g_after="up1")
     with pytest.raises(ValueError, match="d_after"):
         SelfAttention(on="g", d_after="up1")
+    for places in ({"g_after": "up1", "d_after": "up1"}, {"on": "g", "g_after": "up1"}, {"on": "d", "d_after": "up1"}):
+        with pytest.raises(ValueError, match="resolution has no use"):
+            SelfAttention(**places, resolution=8)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least 2"):
         SelfAttention(resolution=1)
     with pytest.raises(ValueError, match="on is 'd', 'g' or 'both', not 'generator'"):

@@ -116,6 +116,15 @@ def test_distances_against_numpy(seed: int, n: int, dim: int) -> None:
     assert sum(halves) / n == pytest.approx(l2, rel=1e-10)  # a mean over samples, a sum over coordinates
 
 
+@pytest.mark.parametrize("shape", [(5, 8, 4, 4), (5, 6, 1, 1)])
+def test_latents_with_places_are_vectors_to_the_distance(shape: tuple[int, ...]) -> None:
+    a, b = torch.randn(2, *shape, dtype=torch.float64)
+    x, y = a.numpy().reshape(5, -1), b.numpy().reshape(5, -1)
+    assert latent_distance(a, b).item() == pytest.approx(np.mean(np.linalg.norm(x - y, axis=1) ** 2), rel=1e-10)
+    cosines = (x * y).sum(1) / (np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1))
+    assert latent_distance(a, b, "cosine").item() == pytest.approx(np.mean(1 - cosines), rel=1e-6)
+
+
 def test_distances_of_hand_made_latents_and_what_they_refuse() -> None:
     z = torch.tensor([[1.0, 2.0], [0.0, 1.0]])
     assert latent_distance(z, torch.zeros(2, 2)).item() == 3  # (5 + 1) / 2, not the mean over coordinates, 1.5

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gankit import GAN, Player, UsageError, hookimpl
+from gankit import GAN, Player, UsageError, attach, hookimpl
 from gankit.loop import update
 from gankit.options import build
 from gankit.testing import run, tiny_gan
@@ -144,6 +144,24 @@ def test_all_players_of_phase_d_and_only_what_is_trained() -> None:
     assert gan.players["second"].module.weight.abs().max() <= 0.01
     assert gan.players["second"].module.bias.item() == 2
     assert gan.players["encoder"].module.weight.abs().max() > 0.02
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_frozen_backbone_in_a_loop_of_ones_own(when: str) -> None:
+    torch.manual_seed(0)
+    backbone, head, generator = nn.Linear(3, 8), nn.Linear(8, 1), nn.Linear(4, 3)
+    discriminator, real, z = nn.Sequential(backbone, nn.Tanh(), head), torch.randn(8, 3), torch.randn(8, 4)
+    if when == "before":
+        backbone.requires_grad_(False)
+    optimizers = {phase: torch.optim.SGD(m.parameters(), 0.1) for phase, m in (("d", discriminator), ("g", generator))}
+    attached = attach(generator, discriminator, [WeightClipping()], optimizers=optimizers)
+    attached.setup(real, generator(z), z)
+    backbone.requires_grad_(False)
+    frozen = copy.deepcopy(backbone.state_dict())
+    attached.d_loss(real, generator(z), z).backward()
+    optimizers["d"].step()
+    assert all(torch.equal(value, frozen[key]) for key, value in backbone.state_dict().items())
+    assert head.weight.abs().max() == np.float32(0.01)
 
 
 def test_the_initial_weights_are_left_alone() -> None:
