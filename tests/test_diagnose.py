@@ -704,19 +704,20 @@ def test_what_counts_as_well_and_what_the_table_of_advice_says() -> None:
     advice = benchmark("advice")
     case, flags = next(iter(advice.CASES.items()))
 
-    def row(seed: int, *tries: dict[str, str]) -> dict[str, Any]:
-        after = [{"changed": "--x", "modes": 8.0, "high_quality": 0.9, "findings": findings} for findings in tries]
+    def row(seed: int, *tries: dict[str, str], modes: float = 8.0) -> dict[str, Any]:
+        after = [{"changed": "--x", "modes": modes, "high_quality": 0.9, "findings": findings} for findings in tries]
         before = {"findings": {"collapse": "certain"}} if tries else {"modes": 8.0, "high_quality": 0.5, "findings": {}}
         return {"case": case, "seed": seed, "flags": flags, "before": before, "tries": after}
 
     ill = {"oscillation": "possible"}
     first, third, never, well = row(0, {}), row(1, ill, ill, {}), row(2, ill, ill, ill), row(3)
+    assert not advice.well(row(4, {}, modes=7.0))  # of which the rules see nothing
     assert [advice.well(r) for r in (first, third, never)] == [True, True, False]
     assert [advice.well(r, 1) for r in (first, third, never)] == [True, False, False]
     table = advice.table([first, third, never, well])
     assert f"| {case}: `{flags}` | collapse (3 of 4) | `--x` | 1, 2 of 3 | 0 -> 8 | 0% -> 90% |" in table
     assert "4 runs with something wrong, 3 of them with a finding" in table
-    assert "in 1 of the 3, after up to three in 2." in table
+    assert "Well after the first suggestion are 1 of the 3, after up to three 2." in table
     assert f"| {case}: `{flags}` | none on 1 seeds | - | - | - | - |" in advice.table([well])
 
 

@@ -143,7 +143,8 @@ print([name for name in ("torch", "numpy", "rich") if name in sys.modules])
 ALLOWED = {  # module: what of gankit it may import while it is imported
     "errors": set(), "options": {"errors"}, "config": {"errors", "options"}, "hookspecs": set(),
     "plugins": {"__version__", "hookspecs", "errors", "files", "options"}, "functional": set(),
-    "losses": {"errors", "options"}, "networks": {"errors", "options"}, "metrics": {"errors"}, "contract": set(), "defaults": {"contract", "hookspecs"},
+    "losses": {"errors", "options"}, "networks": {"errors", "options"}, "metrics": {"errors"}, "contract": set(),
+    "defaults": {"contract", "hookspecs"},
     "distributed": {"errors", "hookspecs"},
     "gan": {"losses", "networks", "contract", "defaults", "distributed", "errors", "plugins", "structure"},
     "structure": {"errors", "options"},
