@@ -276,8 +276,9 @@ class OwnGAN(GAN):
         self.rebuilt = before != self._structure()
         if self.optim != optim:
             raise UsageError("a plugin sets learning rates, and the optimisers are yours: leave it out, set them there")
-        self.rank, world = ranks()
-        if self.rebuilt and self.shared and world > 1:
+        members = team()
+        self.rank = members.rank
+        if self.rebuilt and self.shared and members.size > 1:
             raise UsageError(
                 "a plugin changes a network that is wrapped for several processes already, which would not see it: call "
                 "attached.setup(...) first, then wrap it, and say so: attached.discriminator = the wrapped one"
@@ -315,7 +316,7 @@ class OwnGAN(GAN):
             fresh = [p for p in self._parameters[phase] if p not in self.known and p.requires_grad]
             if not fresh:
                 continue
-            if ranks()[1] > 1 and not {p for m in self.own for p in m.parameters()}.issuperset(fresh):
+            if team().size > 1 and not {p for m in self.own for p in m.parameters()}.issuperset(fresh):
                 raise UsageError(
                     "a plugin brings a network, whose gradients nobody averages over the processes: give your own, "
                     "wrapped, as attach(..., encoder=...)"
@@ -344,14 +345,6 @@ class OwnGAN(GAN):
 def like(tensor: Tensor) -> Tensor:
     """Zeros of the same shape, dtype and device, which take no memory."""
     return tensor.new_zeros(()).expand(tensor.shape)
-
-
-def ranks() -> tuple[int, int]:
-    """This process's rank in its group, and the number of processes; (0, 1) without a group."""
-    distributed = torch.distributed
-    if not distributed.is_available() or not distributed.is_initialized():
-        return 0, 1
-    return distributed.get_rank(), distributed.get_world_size()
 
 
 GIVE_OPTIMIZERS = (
@@ -459,11 +452,14 @@ class Attached:
     def _share_fit(self, gan: OwnGAN) -> None:
         """What plugins fitted in D to the first batch, each process to its own rows, is as in process 0 from here on."""
         self._fitted = True
-        wrapped = any(isinstance(m, DistributedDataParallel) for m in self.discriminator.modules())
         fits = any(hook.plugin in gan.plugins.values() for hook in gan.hook.critic.get_hookimpls())
-        if wrapped and fits and team().size > 1:
+        if fits and self._averaged():
             d = bare(self.discriminator)
             team().share((*d.parameters(), *d.buffers()))
+
+    def _averaged(self) -> bool:
+        """Whether DistributedDataParallel averages D's gradients over several processes."""
+        return team().size > 1 and any(isinstance(m, DistributedDataParallel) for m in self.discriminator.modules())
 
     def d_terms(
         self,
@@ -701,7 +697,7 @@ class Attached:
 
     def _whole(self, phase: str, real: Side | Shown, fake: Side | None, z: Tensor | None) -> Tensor:
         shown = self._shown(phase, real, fake, z)
-        if ranks()[1] > 1 and not self._told and not is_shared(self._scorer.discriminator):
+        if team().size > 1 and not self._told and not is_shared(self._scorer.discriminator):
             self._told = True
             warnings.warn(
                 "the discriminator that was attached is not wrapped for several processes, so the gradients of this loss "
@@ -750,7 +746,7 @@ class Attached:
                 (), requires_grad=True
             )  # one may call backward on it, as on any other term
         loss = total(terms)
-        if ranks()[1] > 1 and any(isinstance(m, DistributedDataParallel) for m in self.discriminator.modules()):
+        if self._averaged():
             # pytorch#47562: it averages nothing until every parameter has a gradient, and a last bias has none in a penalty
             parts = [p.flatten()[0] for p in self.parameters(phase) if p.requires_grad]
             loss = loss + 0 * torch.stack(parts).sum()

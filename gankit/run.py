@@ -484,7 +484,7 @@ def load(
             )
     gan.build()
     folder = run.checkpoint(checkpoint)
-    facts = run.load_state(folder)["facts"]
+    facts = run.load_state(folder, mmap=True)["facts"]
     plugins = {name: about for name, about in facts_of(sources).items() if name in facts["plugins"]}
     now = {"networks": networks_of(config), "plugins": plugins}
     was = {"networks": facts.get("networks", now["networks"]), "plugins": {n: facts["plugins"][n] for n in plugins}}

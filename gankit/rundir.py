@@ -230,9 +230,9 @@ class RunDir:
         return {name: safetensors.torch.load_file(checkpoint / f"{name}.safetensors") for name in names}
 
     @staticmethod
-    def load_state(checkpoint: Path) -> dict[str, Any]:
-        """Everything else; loads nothing but tensors and plain containers."""
-        state: dict[str, Any] = torch.load(checkpoint / "state.pt", weights_only=True, map_location="cpu")
+    def load_state(checkpoint: Path, mmap: bool = False) -> dict[str, Any]:
+        """Everything else; loads nothing but tensors and plain containers. mmap: tensors are read when they are used."""
+        state: dict[str, Any] = torch.load(checkpoint / "state.pt", weights_only=True, map_location="cpu", mmap=mmap)
         return state
 
 

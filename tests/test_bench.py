@@ -285,7 +285,9 @@ def test_what_was_begun_with_other_settings_is_refused_and_what_failed_so_begins
     assert "batch = 8" in (run / "config.toml").read_text()
 
 
-def test_a_second_bench_leaves_the_first_ones_runs_alone(finished: tuple[bench.Suite, Path], tmp_path: Path) -> None:
+def test_a_second_bench_leaves_the_first_ones_runs_alone(
+    finished: tuple[bench.Suite, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It finds a run that was not there when it began: trained by another, now or meanwhile."""
     suite, out = finished
     suite = bench.narrowed(suite, seeds=range(1), methods=["none"], data=[], steps=None)
@@ -306,6 +308,17 @@ def test_a_second_bench_leaves_the_first_ones_runs_alone(finished: tuple[bench.S
 
     with ExitStack() as held_now, pytest.raises(UsageError, match="by another process"):
         bench.execute(suite, tmp_path, report=is_begun)
+    assert not list(run.iterdir())
+
+    def is_begun_meanwhile(self: bench.Children, arguments: Sequence[str], threads: int) -> tuple[int, str]:
+        run.mkdir()
+        held_now.enter_context(held(run))
+        return 2, f"gankit: {run} exists\n"
+
+    run.rmdir()
+    monkeypatch.setattr(bench.Children, "call", is_begun_meanwhile)
+    with ExitStack() as held_now, pytest.raises(UsageError, match="by another process"):
+        bench.execute(suite, tmp_path)
     assert not list(run.iterdir())
 
 

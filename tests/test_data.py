@@ -515,6 +515,12 @@ def test_progress_reaches_the_total(tmp_path):
     assert calls == [(i, 5) for i in range(1, 6)]
 
 
+def test_a_class_whose_name_is_no_utf8_is_refused(tmp_path):
+    make_images(tmp_path, [f"{os.fsdecode(b'caf' + bytes([0xE9]))}/a.png", "dog/b.png"])
+    with pytest.raises(UsageError, match=r"'caf\\udce9' is not in UTF-8"):
+        load(str(tmp_path))
+
+
 def test_unreadable_images_are_named(tmp_path):
     make_images(tmp_path, ["cat/good.png", "dog/good.png"], size=(64, 64))
     (tmp_path / "cat" / "bad.png").write_bytes(b"no image")
@@ -940,6 +946,9 @@ def test_callable_of_pictures_and_of_a_data_set(mydata):
     data = load("mydata:pictures", image_size=2, progress=lambda *call: calls.append(call))
     assert (data.shape, data.classes) == ((3, 2, 2), ("a", "b"))
     assert calls[-1] == (10, 10)
+    calls.clear()
+    load("mydata:generator", progress=lambda *call: calls.append(call))
+    assert calls == [*((i, 0) for i in range(1, 11)), (10, 10)]  # how many there are shows at their end
     own = load("mydata:own")
     assert (own.name, len(own), own.modes.radius) == ("own", 5, 3.0)
     with pytest.raises(UsageError, match="leave image_size out"):

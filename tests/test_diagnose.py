@@ -615,6 +615,15 @@ def test_a_run_warns_once_and_names_the_command() -> None:
 
 
 @pytest.mark.usefixtures("elsewhere")
+def test_a_record_has_the_names_of_the_classes_in_their_order() -> None:
+    x = np.random.default_rng(0).normal(size=(40, 2))
+    np.savez("l.npz", x=x, y=np.where(x[:, 0] > 0, "owl", "cat"))
+    gankit("run", *FAST, "--data", "l.npz", "--name", "r")
+    record = Record.read(RunDir(Path("runs/r")))
+    assert record.classes == ("cat", "owl") and len(record.signals[0]["labels"]) == 2
+
+
+@pytest.mark.usefixtures("elsewhere")
 def test_a_run_that_stopped_is_diagnosed() -> None:
     Path("bad.py").write_text(
         "from gankit import hookimpl\n"

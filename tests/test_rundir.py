@@ -121,6 +121,16 @@ def test_what_was_read_is_not_read_again(run: RunDir, monkeypatch: pytest.Monkey
     )
 
 
+def test_what_was_read_is_read_again_where_it_was_trimmed(run: RunDir) -> None:
+    for step in (1, 2, 3):
+        run.append("stats.jsonl", {"step": step})
+    assert len(run.rows("stats.jsonl")) == 3
+    run.trim(1)
+    for step in (20, 30, 40):
+        run.append("stats.jsonl", {"step": step})
+    assert [row["step"] for row in run.rows("stats.jsonl")] == [1, 20, 30, 40]
+
+
 def test_lines_cut_off_by_a_kill_are_left_out_and_later_ones_forgotten(run: RunDir) -> None:
     run.append("metrics.jsonl", {"step": None, "modes": 8.0})
     for step in (1, 2, 3):
