@@ -9,6 +9,8 @@ finite            share of the generated samples that are finite; below 1 the ro
 spread            mean distance between two generated samples, over that between two training samples
 rank              effective number of dimensions they vary in, over the training samples' own
 duplicates        share of generated samples with another one at less than DUPLICATE of the usual distance
+precision         share of generated samples that are no farther from some training sample than that is from its NEIGHBORS-th
+                  nearest other one (arXiv:1904.06991, on the samples themselves instead of a network's features)
 cells             generated samples by nearest anchor, a training sample; cells_now: those of the generator as it is, where
                   samples come from its average
 reconstruction    (with an encoder) median distance from a training sample x to G(E(x)), over that to a generated sample
@@ -47,6 +49,7 @@ ANCHORS = 32  # cells where the data show no clumps of their own: 16 samples eac
 MOST_CLUMPS = 64
 GAP = 2.0  # clumps end where the next farthest sample is this many times nearer than the last
 PIXELS = 16  # images are compared at this side: below it noise and fine texture, which no pixel distance can judge
+NEIGHBORS = 3
 DUPLICATE = 0.1  # of the median distance from a training sample to the nearest other one
 MOST_CLASSES = 100
 
@@ -69,6 +72,7 @@ class Signals:
         self.points = self.features(self.real)
         self.anchors = self.points[anchors(self.points)]
         self.own = variety(self.points)
+        self.radii = radii(self.points)
 
     def features(self, samples: Tensor) -> Tensor:
         """Samples as vectors to compare, (N, D) float64: standardised columns, or images of few pixels."""
@@ -99,16 +103,18 @@ class Signals:
         m = min(len(points), len(self.points))
         one, other = variety(points[:m]), self.own if m == len(self.points) else variety(self.points[:m])
         twins = one["nearest"] <= DUPLICATE * other["nearest"].median()
+        distances = torch.cdist(points, self.points)
         row = {
             "finite": finite,
             "m": m,
             "spread": _ratio(one["spread"], other["spread"]),
             "rank": _ratio(one["rank"], other["rank"]),
             "duplicates": twins.double().mean().item(),
+            "precision": (distances <= self.radii).any(dim=1).double().mean().item(),
             "cells": self.cells(points),
         }
         if self.labels is not None:
-            nearest = self.labels[torch.cdist(points, self.points).argmin(dim=1)]
+            nearest = self.labels[distances.argmin(dim=1)]
             row["labels"] = torch.bincount(nearest, minlength=self.classes).tolist()
         return row
 
@@ -208,6 +214,12 @@ def variety(points: Tensor) -> dict[str, Any]:
     rank = _ratio(gram.trace().item() ** 2, gram.square().sum().item())
     distances.fill_diagonal_(math.inf)
     return {"spread": spread, "rank": rank, "nearest": distances.min(dim=1).values}
+
+
+def radii(points: Tensor) -> Tensor:
+    """Distance of each of the points (N, D) to its NEIGHBORS-th nearest other one, or the farthest of fewer; (N,)."""
+    distances = torch.cdist(points, points).fill_diagonal_(0.0)
+    return distances.kthvalue(min(NEIGHBORS + 1, len(points)), dim=1).values
 
 
 def _scores(gan: GAN, side: tuple[Tensor, ...]) -> Tensor:

@@ -24,7 +24,7 @@ from gankit import GAN, Latent
 from gankit.cli import main
 from gankit.config import Config, read_toml
 from gankit.data import from_arrays, load
-from gankit.diagnose import EMPTY, MEASURED, RULES, SLOWER, Diagnosis, Finding, Record, Watch, diagnose
+from gankit.diagnose import EMPTY, MEASURED, PAIRWISE, RULES, SLOWER, Diagnosis, Finding, Record, Watch, diagnose
 from gankit.gan import derive_seed
 from gankit.plugins import create
 from gankit.rundir import RunDir
@@ -105,6 +105,7 @@ def test_a_perfect_generator_and_true_samples_look_alike() -> None:
         assert found["duplicates"] < 0.03
         assert sum(found["cells"]) == sum(found["labels"]) == 512
         assert max(found["cells"]) < 90 and min(found["labels"]) > 40
+        assert found["precision"] > 0.95
     assert (truth["step"], row["step"]) == (None, 1)
     assert row["separation"] == pytest.approx(0.5, abs=0.1)
 
@@ -113,6 +114,8 @@ def test_a_point_a_mode_and_what_is_not_finite() -> None:
     data = load("ring")
     point = rows_of(Known(torch.tensor([[1.0, 0.0]])), nn.Linear(2, 1), data)[1]
     assert (point["spread"], point["duplicates"], max(point["cells"])) == (0, 1, 512)
+    nowhere = rows_of(Known(torch.zeros(1, 2)), nn.Linear(2, 1), data)[1]
+    assert (point["precision"], nowhere["precision"]) == (1, 0)
     first = data.batch((data.labels == 3).nonzero()[:512, 0])
     mode = rows_of(Known(first), nn.Linear(2, 1), data)[1]
     assert mode["labels"] == [0, 0, 0, 512, 0, 0, 0, 0]
@@ -136,6 +139,23 @@ def test_duplicates_are_nearer_than_a_tenth_of_the_median_distance_to_the_neares
     assert (nearest < 0.1 * median).sum() == 50 and (nearest < 0.12 * median).sum() == 120
     found = signals.of(torch.from_numpy(points * deviation + mean))
     assert found["duplicates"] == pytest.approx(50 / 201, abs=1e-12)
+
+
+def test_precision_is_the_share_within_the_third_neighbour_of_some_training_sample() -> None:
+    x = np.random.default_rng(1).lognormal(sigma=1.5, size=(1000, 2)).astype("float32") * np.array([1, 50], "float32")
+    signals = Signals(from_arrays("x", x), lambda row: None, 300)
+    real = signals.real.double().numpy()
+    mean, deviation = real.mean(axis=0), real.std(axis=0)
+    known = (real - mean) / deviation
+    radii = cKDTree(known).query(known, k=4)[0][:, 3]
+    points = np.random.default_rng(2).uniform(-1, 6, size=(120, 2))
+    inside = (np.linalg.norm(points[:, None] - known, axis=-1) <= radii).any(axis=1)
+    assert 30 < inside.sum() < 90
+    found = signals.of(torch.from_numpy(points * deviation + mean))
+    assert found["precision"] == pytest.approx(inside.mean(), abs=1e-12)
+    assert signals.of(signals.real)["precision"] == 1
+    few = Signals(from_arrays("x", x[:3]), lambda row: None)  # of which none has three others
+    assert few.of(few.real)["precision"] == 1
 
 
 def test_what_d_says_is_the_area_under_the_curve_of_scipy() -> None:
@@ -261,11 +281,11 @@ def test_looking_moves_nothing(name: str) -> None:
 
 CONFIG = Config(steps=1000, batch=64, lr_g=2e-3, lr_d=3e-3, beta1=0.0)
 TRUTH = {"step": None, "n": 400, "finite": 1.0, "spread": 1.0, "rank": 1.0, "duplicates": 0.0, "cells": [100] * 4,
-         "labels": [100] * 4, "train": 400, "held_out": 400}  # fmt: skip
+         "labels": [100] * 4, "precision": 0.96, "train": 400, "held_out": 400}  # fmt: skip
 HEALTHY = {
     "n": 400, "finite": 1.0, "spread": 1.0, "rank": 1.0, "duplicates": 0.0, "cells": [100] * 4, "cells_now": [100] * 4,
     "labels": [100] * 4, "separation": 0.7, "held_out_separation": 0.7, "memory": 0.5, "d_gradient": 0.01,
-    "g_gradient": 0.01, "reconstruction": 0.02,
+    "g_gradient": 0.01, "reconstruction": 0.02, "precision": 0.9,
 }  # fmt: skip
 
 
@@ -312,6 +332,7 @@ def test_nothing_is_found_in_a_healthy_run() -> None:
         ("vanishing gradient", always(g_gradient=1e-6), always(g_gradient=1.1e-6)),
         ("exploding", always(g_gradient=10.0), always(g_gradient=9.0)),
         ("exploding", always(d_gradient=10.0), always(d_gradient=9.0)),
+        ("poor samples", always(precision=0.48), always(precision=0.49)),
     ],
 )  # fmt: skip
 def test_each_rule_at_its_threshold(
@@ -356,6 +377,15 @@ def test_a_passing_state_is_no_finding() -> None:
     assert "too early" in early.unknown["collapse"] and "evaluations" in early.unknown["oscillation"]
     last = replace(logged(1, always(spread=0.0, step=1000)))  # of a run that evaluates at its end alone
     assert "collapse" in found(last)
+
+
+def test_samples_are_judged_late_and_by_their_best() -> None:
+    poor = logged(change=always(precision=0.0))
+    early = diagnose(replace(poor, signals=poor.signals[:8]))  # step 700 of 1,000
+    assert not early.findings and "from 75% of the steps on" in early.unknown["poor samples"]
+    assert found(replace(poor, config=replace(CONFIG, steps=1333))) == {"poor samples": "certain"}
+    assert not found(logged(change=lambda k: {"precision": 0.6 if k == 8 else 0.0}))
+    assert found(logged(change=lambda k: {"precision": 0.6 if k == 7 else 0.0})) == {"poor samples": "certain"}
 
 
 def test_the_data_themselves_are_the_measure() -> None:
@@ -440,6 +470,7 @@ def every_suggestion(config: Config, kind: str, path: str = "runs/RUN") -> dict[
         "flat losses": logged(d_loss=1.0, g_loss=1.0),
         "vanishing gradient": logged(change=always(g_gradient=0.0)),
         "exploding": logged(change=always(g_gradient=1e6)),
+        "poor samples": logged(change=lambda k: {"precision": k / 100}),
     }
     assert sick.keys() == RULES.keys()
     commands = {}
@@ -486,6 +517,8 @@ def every_suggestion(config: Config, kind: str, path: str = "runs/RUN") -> dict[
         ],
         ["--data", "x.npy", "--plugin", "spectral_norm", "--loss", "hinge"],
         ["--data", "p.npy", "--plugin", "pairwise_gp", "--z-dim", "2", "--z", "normal"],
+        ["--data", "p.npy", "--plugin", "bigan", "--plugin", "r1"],
+        ["--data", "p.npy", "--plugin", "bigan", "-o", "bigan.stochastic=yes"],
     ],
     ids=" ".join,
 )
@@ -503,7 +536,8 @@ def test_every_suggestion_can_be_run(settings: list[str], tmp_path: Path, monkey
         assert program == "gankit"
         told = gankit(*arguments, "--dry-run", "--json").stdout
         config = json.loads(told)
-        assert set(record.config.plugin) <= set(config["plugin"])
+        replaced = {"bigan"} if "pairwise_gp" in config["plugin"] else set()
+        assert set(record.config.plugin) - replaced <= set(config["plugin"])
         assert config["name"] is None or config["name"] != record.config.name
     options = read_toml(run.path / "config.toml")[1]
     assert config["options"].items() >= options.items()
@@ -516,7 +550,8 @@ def test_what_is_on_or_refused_is_not_suggested() -> None:
         on, *cells = re.split(r"\*\* \| | \| ", row)
         for kind, letter in (("vector", "v"), ("image", "i")):
             config = replace(CONFIG, plugin=(on,), loss="wasserstein" if on == "weight_clipping" else CONFIG.loss)
-            texts = " ".join(c for found in every_suggestion(config, kind).values() for c in found)
+            commands = {c for found in every_suggestion(config, kind).values() for c in found}
+            texts = " ".join(c for c in commands if f"--plugin {on} " in c)  # not those with another in its place
             added = set(re.findall(r"--plugin (\w+)", texts)) - {on}
             for name, cell in zip(names, cells, strict=True):
                 own = dict(zip("vi", re.findall(r"v (\S+) i (\S+)", cell)[0], strict=True)) if "v " in cell else {}
@@ -535,11 +570,19 @@ def test_suggestions_begin_with_what_was_measured_best() -> None:
         np.mean([row["modes"] for row in outcomes if row["plugin"] == name and row["data"] == "grid"]) for name in order
     ]
     assert modes == sorted(modes, reverse=True)
-    first, *_ = every_suggestion(replace(CONFIG, plugin=("bigan",)), "plane")["poor inverse"]
-    assert first.endswith("-o bigan.stochastic=yes")
+    encoder = replace(CONFIG, plugin=("r2", "bigan"), z_dim=2)
+    assert every_suggestion(encoder, "plane")["lost modes"][0].endswith("--plugin r2 --plugin pairwise_gp")
+    for name in ("poor inverse", "poor samples"):
+        one, drawn = [c for c in every_suggestion(encoder, "plane")[name] if "--steps" not in c][:2]
+        assert one.endswith("--z-dim 1 --z uniform") and drawn.endswith("-o bigan.stochastic=yes")
     for yes in (True, "yes", "on"):  # as a file has it, or a command line
         drawing = replace(CONFIG, plugin=("bigan",), options={"bigan": {"stochastic": yes}})
         assert "stochastic" not in " ".join(every_suggestion(drawing, "plane")["poor inverse"])
+    young = every_suggestion(CONFIG, "plane")["poor samples"]
+    assert young[0].endswith("--steps 2000") and "--plugin r1" in young[1]
+    poor = logged(change=lambda k: {"precision": 0.109 if k > 5 else 0.1})  # half-way is the fifth
+    (ripe,) = diagnose(poor).findings
+    assert not any("--steps" in suggestion.command for suggestion in ripe.to_try)
     far = every_suggestion(replace(CONFIG, lr_g=0.1), "plane")["oscillation"]
     assert far[0].endswith("--lr-g 0.002 --lr-d 0.003")
     moved = every_suggestion(CONFIG, "plane", "else where/RUN")["collapse"]
@@ -583,6 +626,10 @@ def test_what_suggestions_say_was_measured_was_so() -> None:
             expected = f" {modes[0]:.1f} and {modes[1]:.1f}, {100 * qualities[0]:.0f} and {100 * qualities[1]:.0f} %;"
             assert none.startswith(expected)
             checked += 1
+    assert "8.0 of 8 and 16.4 of 25" in PAIRWISE and "BiGAN had 5.2 and 10.2" in PAIRWISE and "17 %" in PAIRWISE
+    for name, modes in (("pairwise_gp", "8.0 16.4"), ("bigan", "5.2 10.2")):
+        assert modes == " ".join(f"{mean(name, data, 'modes'):.1f}" for data in ("ring", "grid"))
+    assert f"{mean('pairwise_gp', 'grid', 'high_quality'):.0%}" == "17%"
     assert checked > 12
 
 
