@@ -54,7 +54,10 @@ class Config:
         " or relativistic-average",
     ] = "non_saturating"
 
-    network: Annotated[Literal["auto", "mlp", "dcgan", "resnet"], "family of networks; auto: mlp or dcgan"] = "auto"
+    network: Annotated[
+        Literal["auto", "mlp", "dcgan", "resnet"],
+        "family of networks; auto: mlp (of one latent with Fourier features of it) or dcgan",
+    ] = "auto"
     generator: Annotated[
         str | None,
         "your own: module:factory or file.py:factory, called with those of shape, z_dim, latent, width, depth that it has"

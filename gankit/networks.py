@@ -1,7 +1,8 @@
 """Generators, discriminators and encoders chosen by the shape of the data.
 
 Three families: "mlp" for any shape, "dcgan" (arXiv 1511.06434) and "resnet" (arXiv 1802.05957, appendix B.4) for
-square images. "auto" takes the MLP for vectors and DCGAN for images. Images are (C, H, W) in [-1, 1].
+square images. "auto" takes the MLP for vectors, a G of one latent with Fourier features of it, and DCGAN for images.
+Images are (C, H, W) in [-1, 1].
 
 A module is initialised from PyTorch's global random numbers while it is constructed and draws none afterwards, so
 build it inside `torch.random.fork_rng()` with a seed. Module names are a file format: weights are saved under them.
@@ -47,11 +48,15 @@ def generator(
 
     width: units per hidden layer (mlp, default 96), channels of the layer next to the image (dcgan, default 32)
     or channels of every block (resnet, default 64). depth: hidden layers, mlp only (default 3).
+    "auto" makes vectors of one latent by `fourier_generator`: an MLP of one number is too smooth a path through many modes.
     `UsageError` for an unknown network, sizes below 1 or an image size that the network cannot make.
     """
     shape = _checked_shape(shape)
     _positive(z_dim=z_dim)
+    path = network == "auto" and z_dim == 1 and not _is_image(shape)
     network = _resolve(network, shape, width, depth)
+    if path:
+        return fourier_generator(shape, z_dim, width or MLP_WIDTH, depth or MLP_DEPTH)
     if network == "dcgan":
         return ConvGenerator(z_dim, shape, width or DCGAN_WIDTH)
     if network == "resnet":

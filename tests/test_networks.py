@@ -305,6 +305,21 @@ def test_fourier_features_are_octaves_of_each_coordinate() -> None:
         fourier_generator((2,), 1, octaves=0)
 
 
+def test_a_g_of_one_latent_sees_its_fourier_features_unless_another_network_is_asked_for() -> None:
+    auto, features = build(generator, (2,), 1, depth=2), build(fourier_generator, (2,), 1, depth=2)
+    z = data(5, 1)
+    assert torch.equal(auto(z), features(z))
+    assert [tuple(p.shape) for p in auto.parameters()] == [(4, 11), (4,), (4, 4), (4,), (2, 4), (2,)]
+    for other in (
+        build(generator, (2,), 1, network="mlp"),
+        build(generator, (2,), 2),
+        build(generator, (1, 28, 28), 1),
+    ):
+        assert "frequencies" not in other.state_dict()
+    with pytest.raises(UsageError, match="width must be 1 or more"):
+        generator((2,), 1, width=0)
+
+
 def test_a_disconnected_generator_is_a_deep_one_of_the_features_of_the_nearest_point() -> None:
     g = build(disconnected_generator, (3, 16, 16), 4, features=2000, scale=3.0, cells=500).double()
     state = g.state_dict()

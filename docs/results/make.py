@@ -75,21 +75,23 @@ def readme() -> str:
 
 
 def first() -> str:
-    """What `gankit run --plugin pairwise_gp` and `--plugin bigan` give on the ring, seed by seed."""
-    rows = [row for row in json.loads(OUTCOMES.read_text()) if row["data"] == "ring"]
+    """What `gankit run` gives on the ring and the grid with `--plugin pairwise_gp` and `--plugin bigan`, seed by seed."""
+    rows = json.loads(OUTCOMES.read_text())
     lines = [
-        "| `gankit run --plugin ...` | modes of 8, seed by seed | all 8 | high quality, mean (least) | reverse KL, mean |",
+        "| `gankit run ...` | modes, seed by seed | all | high quality, mean (least) | reverse KL, mean |",
         "|---|---|---|---|---|",
     ]
-    for plugin in ("pairwise_gp", "bigan"):
-        mine = sorted((row for row in rows if row["plugin"] == plugin), key=lambda row: int(row["seed"]))
-        modes = [round(row["modes"]) for row in mine]
-        quality, kl = ([row[name] for row in mine] for name in ("high_quality", "reverse_kl"))
-        cells = [
-            f"`{plugin}`", " ".join(map(str, modes)), f"{modes.count(8)} of {len(mine)}",
-            f"{statistics.fmean(quality):.1%} ({min(quality):.1%})", f"{statistics.fmean(kl):.4f}",
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
+    for data, of in (("ring", 8), ("grid", 25)):
+        for plugin in ("pairwise_gp", "bigan"):
+            mine = [row for row in rows if (row["plugin"], row["data"]) == (plugin, data)]
+            mine.sort(key=lambda row: int(row["seed"]))
+            modes = [round(row["modes"]) for row in mine]
+            quality, kl = ([row[name] for row in mine] for name in ("high_quality", "reverse_kl"))
+            cells = [
+                f"`--data {data} --plugin {plugin}`", " ".join(map(str, modes)), f"{modes.count(of)} of {len(mine)}",
+                f"{statistics.fmean(quality):.1%} ({min(quality):.1%})", f"{statistics.fmean(kl):.4f}",
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
 """The pictures of the start page: what the plugins do to the ring, all from seed 0.
 
-    python tests/benchmarks/ring.py [--jobs 2] [--runs runs/ring]
+    python tests/benchmarks/ring.py [--only bigan] [--jobs 2] [--runs runs/ring]
 
 The flags of a run are those of outcomes.py. One process per run, one thread each; a run that is in the folder is not
 repeated. Writes docs/assets/ring/NAME.png and docs/assets/ring/ring.json, the numbers of these very runs.
@@ -78,15 +78,20 @@ def draw(fake: np.ndarray, path: Path) -> None:
 def main() -> None:
     """Train what is missing, then draw all and write their numbers."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", default="", help="plugins, by comma; the others stay as they are")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "ring")
     options = parser.parse_args()
+    store = ASSETS / "ring.json"
+    wanted = options.only.split(",") if options.only else names()
+    kept = [row for row in json.loads(store.read_text()) if row["plugin"] not in wanted] if options.only else []
     with ThreadPoolExecutor(options.jobs) as pool:
-        rows = list(pool.map(lambda name: train(name, options.runs), names()))
+        rows = kept + list(pool.map(lambda name: train(name, options.runs), wanted))
     ASSETS.mkdir(parents=True, exist_ok=True)
-    for name in names():
+    for name in wanted:
         draw(np.load(options.runs / name / "samples.npy"), ASSETS / f"{name}.png")
-    (ASSETS / "ring.json").write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
+    rows.sort(key=lambda row: names().index(str(row["plugin"])))
+    store.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":
