@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from gankit.config import RECIPES, Config, kind_of
@@ -582,11 +583,11 @@ def poor_samples(record: Record) -> Seen:
     rows = record.lasting("precision")
     if rows[-1]["step"] < RIPE * record.steps:
         raise Unknown(f"it is too early: samples are judged from {RIPE:.0%} of the steps on")
-    best = max(row["precision"] for row in rows)
-    sure = graded(best / true, POOR) if true else None
+    usual = median(row["precision"] for row in rows)  # what is lost late does not come back by itself
+    sure = graded(usual / true, POOR) if true else None
     if not sure:
         return None
-    seen = f"{best:.0%} of the samples are as near to a training sample as its neighbours are (true ones: {true:.0%})"
+    seen = f"{usual:.0%} of the samples are as near to a training sample as its neighbours are (true ones: {true:.0%})"
     return f"{seen}, {_when(rows)}", sure, against_poor_samples(record)
 
 

@@ -379,13 +379,14 @@ def test_a_passing_state_is_no_finding() -> None:
     assert "collapse" in found(last)
 
 
-def test_samples_are_judged_late_and_by_their_best() -> None:
+def test_samples_are_judged_late_and_by_two_evaluations_of_three() -> None:
     poor = logged(change=always(precision=0.0))
     early = diagnose(replace(poor, signals=poor.signals[:8]))  # step 700 of 1,000
     assert not early.findings and "from 75% of the steps on" in early.unknown["poor samples"]
     assert found(replace(poor, config=replace(CONFIG, steps=1333))) == {"poor samples": "certain"}
-    assert not found(logged(change=lambda k: {"precision": 0.6 if k == 8 else 0.0}))
-    assert found(logged(change=lambda k: {"precision": 0.6 if k == 7 else 0.0})) == {"poor samples": "certain"}
+    assert not found(logged(change=lambda k: {"precision": 0.6 if k > 8 else 0.0}))
+    assert not found(logged(change=lambda k: {"precision": 0.0 if k == 10 else 0.6}))
+    assert found(logged(change=lambda k: {"precision": 0.6 if k < 9 else 0.0})) == {"poor samples": "certain"}
 
 
 def test_the_data_themselves_are_the_measure() -> None:
