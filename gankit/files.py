@@ -1,12 +1,15 @@
-"""Files that are complete or absent."""
+"""Files that are complete or absent, and code as its file says now."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import CodeType, ModuleType
 
 from gankit.errors import UsageError
 
@@ -17,6 +20,26 @@ if sys.platform != "win32":
 def expanded(path: str) -> Path:
     """A path with ``~`` replaced by the home it stands for; as it is where nobody has that name, unlike pathlib's."""
     return Path(os.path.expanduser(path))
+
+
+def imported(path: Path, name: str) -> ModuleType:
+    """The module in a file of Python, under a name in ``sys.modules``, as the file says now.
+
+    Python tells kept bytecode from its file by length and second only, so that an edit within a second could run the
+    code before it, under a hash of the code after it.
+    """
+    loader = _FromSource(name, str(path))
+    spec = importlib.util.spec_from_loader(name, loader)
+    assert spec is not None  # a loader was given
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look their module up there
+    loader.exec_module(module)
+    return module
+
+
+class _FromSource(SourceFileLoader):
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
 
 
 def cache_folder() -> Path:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.util
 import inspect
 import re
 import sys
@@ -26,7 +25,7 @@ import pluggy
 
 from gankit import __version__, hookspecs
 from gankit.errors import UsageError
-from gankit.files import expanded
+from gankit.files import expanded, imported
 from gankit.options import build, closest
 
 GROUP = "gankit"
@@ -143,16 +142,10 @@ def load_object(spec: str) -> tuple[Any, Path | None]:
 
 
 def _load_file(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"gankit_file_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"{path} cannot be loaded as Python")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
     try:
-        spec.loader.exec_module(module)
+        return imported(path, f"gankit_file_{path.stem}")
     except Exception as error:
         raise UsageError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
-    return module
 
 
 def _checked_class(factory: Any, name: str) -> type:

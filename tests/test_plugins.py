@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -69,6 +70,15 @@ def test_a_plugin_in_a_file(mine: Path) -> None:
     version = source.version
     mine.write_text(MINE + "\n# changed")
     assert find(f"{mine}:MyTerm").version != version  # a run is not continued with another plugin
+
+
+def test_code_in_a_file_is_what_the_file_says_also_after_an_edit_of_the_same_length_and_second(mine: Path) -> None:
+    subprocess.run([sys.executable, "-m", "compileall", "-q", str(mine)], check=True)  # Python's own cache of it
+    assert create([f"{mine}:MyTerm"], {})[0]["my_term"].weight == 1.0  # type: ignore[attr-defined]
+    written = mine.stat().st_mtime_ns
+    mine.write_text(MINE.replace("1.0", "2.0"))
+    os.utime(mine, ns=(written, written))
+    assert create([f"{mine}:MyTerm"], {})[0]["my_term"].weight == 2.0  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import csv
 import importlib
-import importlib.util
 import io
 import re
 import sys
@@ -24,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from gankit.data.dataset import Dataset, Progress, resized, split_dataset
 from gankit.errors import UsageError
-from gankit.files import expanded
+from gankit.files import expanded, imported
 
 _MISSING = {"", "na", "n/a", "nan", "null", "none", "?", "-"}
 _KEYS, _LABEL_KEYS = ("x", "data", "images"), ("y", "labels")
@@ -287,16 +286,7 @@ def _importable(folder: Path) -> Iterator[None]:
 
 def _module(name: str, file: Path | None) -> ModuleType:
     """Return the module of that dotted name or in that file."""
-    if file is None:
-        return importlib.import_module(name)
-    own_name = f"_gankit_data_{file.stem}"
-    module_spec = importlib.util.spec_from_file_location(own_name, file)
-    if module_spec is None or module_spec.loader is None:
-        raise UsageError(f"cannot import {name}: give a Python file")
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[own_name] = module  # dataclasses look their module up there
-    module_spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(name) if file is None else imported(file, f"_gankit_data_{file.stem}")
 
 
 def _attribute(module: ModuleType, name: str) -> Callable[[], object]:
