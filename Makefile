@@ -6,9 +6,8 @@ VENV ?= .venv
 JOBS ?= auto
 BIN := $(VENV)/bin
 # all distributions here are built by flit: one installed for all takes a quarter less time than one fetched for each;
-# bytecode is made of what is imported, when it is
+# bytecode is made of what is imported, when it is, and kept: a process that compiles torch anew starts in twice the time
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# where it may not be kept, every process compiles torch anew, which takes longer than all else it does
 unexport PYTHONDONTWRITEBYTECODE
 MANIFESTS := requirements-dev.txt pyproject.toml $(wildcard plugins/*/pyproject.toml)
 

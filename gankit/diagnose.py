@@ -215,7 +215,7 @@ STOCHASTIC = (
 )
 ONE_DIMENSION = (
     "96 % of the samples of pairwise_gp were on the ring's modes with it, 13 % with two normal dimensions (one seed, equal "
-    "rates, an MLP of it); arXiv:1802.00771"
+    "rates, G an MLP); arXiv:1802.00771"
 )
 
 

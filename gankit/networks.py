@@ -53,14 +53,13 @@ def generator(
     """
     shape = _checked_shape(shape)
     _positive(z_dim=z_dim)
-    path = network == "auto" and z_dim == 1 and not _is_image(shape)
-    network = _resolve(network, shape, width, depth)
-    if path:
-        return fourier_generator(shape, z_dim, width or MLP_WIDTH, depth or MLP_DEPTH)
-    if network == "dcgan":
+    family = _resolve(network, shape, width, depth)
+    if family == "dcgan":
         return ConvGenerator(z_dim, shape, width or DCGAN_WIDTH)
-    if network == "resnet":
+    if family == "resnet":
         return ResidualGenerator(z_dim, shape, width or RESNET_WIDTH)
+    if network == "auto" and z_dim == 1:
+        return fourier_generator(shape, z_dim, width or MLP_WIDTH, depth or MLP_DEPTH)
     return MLP(z_dim, shape, width or MLP_WIDTH, depth or MLP_DEPTH, tanh=_is_image(shape))
 
 

@@ -49,7 +49,7 @@ ANCHORS = 32  # cells where the data show no clumps of their own: 16 samples eac
 MOST_CLUMPS = 64
 GAP = 2.0  # clumps end where the next farthest sample is this many times nearer than the last
 PIXELS = 16  # images are compared at this side: below it noise and fine texture, which no pixel distance can judge
-NEIGHBORS = 3
+NEIGHBORS = 3  # as in the paper on precision
 DUPLICATE = 0.1  # of the median distance from a training sample to the nearest other one
 MOST_CLASSES = 100
 
