@@ -29,6 +29,7 @@ from gankit.files import expanded, imported
 from gankit.options import build, closest
 
 GROUP = "gankit"
+CORE_NAMES = ("core", "loss", "stats", "averaging", "adv")  # what no plugin may be called
 
 
 class ContractError(UsageError):

@@ -15,6 +15,7 @@ from string import Template
 
 from gankit import __version__
 from gankit.errors import UsageError
+from gankit.plugins import CORE_NAMES
 
 KINDS = {  # kind: what the README states as formula until the author writes their own
     "d-term": "weight * mean_i ||grad D(x_i)||_2^2",
@@ -24,7 +25,6 @@ KINDS = {  # kind: what the README states as formula until the author writes the
     "evaluate": "mean_f std_i G(z_i)_f",
 }
 LICENSES = ("MIT", "BSD-3-Clause", "Apache-2.0")
-CORE_NAMES = ("core", "loss", "stats", "averaging", "adv")  # as gankit.conformance has them, which needs torch
 _RUN = "from gankit.testing import plugin_checks"
 _IMPORTS = {  # of the tests
     "d-term": f"import gankit\nimport pytest\nimport torch\nfrom gankit import UsageError\n{_RUN}\nfrom torch import nn",

@@ -11,9 +11,8 @@ import re
 from gankit.conformance.bench import Bench, Failed, Skipped, expect, sentence
 from gankit.errors import UsageError
 from gankit.options import build, options_of
-from gankit.plugins import ContractError, available, manager
+from gankit.plugins import CORE_NAMES, ContractError, available, manager
 
-CORE_NAMES = ("core", "loss", "stats", "averaging", "adv")
 NETWORKS = ("generator", "discriminator", "encoder")  # which a plugin may bring, in the place the GAN has for them
 WORDS = 3  # the least that says something
 
