@@ -31,6 +31,7 @@ STORE = Path(__file__).with_suffix(".json")
 PAGE = ROOT / "docs" / "diagnose.md"
 MARK = re.compile(r"<!-- advice -->\n.*?<!-- end -->", re.DOTALL)
 TRIES = 3
+UNSEEN = 2  # rules and advice were changed by what the seeds before showed
 MODES = {"ring": 8, "grid": 25}
 COUNTED = {"modes": ".0f", "high_quality": ".0%"}
 NORMAL = "--z-dim 2 --z normal"  # the latents of a plain GAN; the recipe's one dimension is for encoders
@@ -117,10 +118,17 @@ def table(rows: list[dict[str, Any]]) -> str:
         ]
         if mine:
             lines.append(f"| {' | '.join(cells if ill else [cells[0], f'none on {len(mine)} seeds', *['-'] * 4])} |")
+    parts = ["\n".join(lines), _count(rows)]
+    if unseen := [row for row in rows if row["seed"] >= UNSEEN]:
+        parts.append(f"Of seeds from {UNSEEN} on, on which nothing was chosen: {_count(unseen)}")
+    return "\n\n".join(parts)
+
+
+def _count(rows: list[dict[str, Any]]) -> str:
     ill = [row for row in rows if row["before"]["findings"]]
     one, three = sum(well(row, 1) for row in ill), sum(map(well, ill))
-    return "\n".join(lines) + (
-        f"\n\n{len(rows)} runs with something wrong, {len(ill)} of them with a finding. Well after the first suggestion are "
+    return (
+        f"{len(rows)} runs with something wrong, {len(ill)} of them with a finding. Well after the first suggestion are "
         f"{one} of the {len(ill)}, after up to three {three}."
     )
 
