@@ -31,6 +31,7 @@ from gankit.conformance import AFTER, CHECKS, checks_of, mend_of, rule_of
 from gankit.conformance.bench import global_random
 from gankit.conformance.surroundings import BUILT_IN
 from gankit.functional import logit_per_sample, squared_gradient_norm
+from gankit.plugins import CORE_NAMES
 from gankit.testing import plugin_checks
 
 ROOT = Path(__file__).parents[1]
@@ -115,6 +116,14 @@ def test_the_command_prints_a_line_per_check_and_exits_with_1_if_one_fails(tmp_p
     file.write_text(MINE.replace("NAME", '"loss"'))
     code, output = call(f"{file}:Mine", "--only", "names")
     assert code == 1 and "FAILED  names: the D term 'loss' does not begin with the plugin's name, 'mine' -- " in output
+
+
+@pytest.mark.parametrize("name", CORE_NAMES)
+def test_no_plugin_has_a_name_of_the_core(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(MINE.replace("NAME", repr(name)).replace("class Mine", f"class {name.title()}"))
+    code, output = call(f"{file}:{name.title()}", "--only", "names")
+    assert code == 1 and f"FAILED  names: {name!r} is a name of the core -- choose another name" in output
 
 
 def test_checks_have_their_own_number_of_threads_whoever_calls_them() -> None:
