@@ -19,7 +19,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
 from itertools import chain
@@ -29,14 +29,15 @@ from typing import Any, NamedTuple
 from gankit import config as configuration
 from gankit.config import Config
 from gankit.errors import UsageError
-from gankit.files import held, write_atomic
+from gankit.files import FAILED, held, write_atomic
 from gankit.options import closest, convert
 from gankit.plugins import snake_case
 from gankit.process import cores, signals
 
-FAILED = "failed.json"
 PLACE = ("data", "method", "source")  # of a published row; the rest are metrics
 TARGETS = ("modes", "high_quality", "inception_score", "precision", "recall")  # of which more is better
+OWN = ("seed", "name", "out")  # settings of a run that the suite makes
+MOST_SEEDS = 10_000
 
 
 class Cell(NamedTuple):
@@ -154,14 +155,19 @@ def read(name: str) -> Suite:
     _need_text(content, path)
     steps = content.pop("steps", [])
     content["steps"] = tuple(steps) if isinstance(steps, list) else (steps,)
+    for length in content["steps"]:
+        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+            raise UsageError(f"{path}: steps must be whole numbers from 1 on, not {length!r}")
     suite = Suite(name=path.stem, **{"title": path.stem, **content})
     for baseline in (suite.baseline, *(method.get("baseline") for method in suite.methods.values())):
         if baseline is not None and baseline not in suite.methods:
             raise UsageError(f"{path}: the baseline {baseline!r} is none of its methods, {', '.join(suite.methods)}")
     for key, least in (("seeds", 1), ("first_seed", 0)):
         value = getattr(suite, key)
-        if not isinstance(value, int) or value < least:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise UsageError(f"{path}: {key} must be a whole number from {least} on, not {value!r}")
+    if suite.seeds > MOST_SEEDS:
+        raise UsageError(f"{path}: {suite.seeds} seeds are too many: {MOST_SEEDS} at most")
     cells = suite.cells()
     names = [cell.name for cell in cells]
     if twice := {name for name in names if names.count(name) > 1}:
@@ -199,6 +205,9 @@ def read(name: str) -> Suite:
 def _need_tables(content: Mapping[str, Any], path: Path) -> None:
     """Refuse values where tables belong."""
     inner = {f"{key}.{name}": t for key in ("data", "methods") for name, t in _table(content.get(key, {}), key, path)}
+    for name in chain(content.get("data", {}), content.get("methods", {})):
+        if not name or set(name) & set("/\\\0") or name.startswith("."):
+            raise UsageError(f"{path}: {name!r} cannot be part of a folder's name: call it otherwise")
     outer = {key: content.get(key, {}) for key in ("settings", "target")}
     for where, table in {**outer, **inner}.items():
         for key, value in _table(table, where, path):
@@ -207,6 +216,8 @@ def _need_tables(content: Mapping[str, Any], path: Path) -> None:
                     _table(chosen, f"{where}.options.{owner}", path)
             if key == "target" and where in inner:
                 _table(value, f"{where}.target", path)
+            if key in OWN and where != "target":
+                raise UsageError(f"{path}: {key!r} of a run is made by the suite: leave it out of [{where}]")
     rows = content.get("published", [])
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UsageError(f"{path}: 'published' is a list of tables, [[published]]")
@@ -301,7 +312,7 @@ def train(config: Config, out: Path, children: Children) -> None:
     """
     assert config.name is not None
     folder = out / config.name
-    threads = config.threads if isinstance(config.threads, int) else cores()
+    threads = _threads(config)
     _need_free(folder)
     state = state_of(folder)
     if state == "finished":  # by that other bench, meanwhile
@@ -319,9 +330,24 @@ def train(config: Config, out: Path, children: Children) -> None:
         raise Interrupted
     if code:
         _need_free(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        reason = reason_of(said) or f"exit code {code}"
-        write_atomic(folder / FAILED, json.dumps({"exit_code": code, "reason": reason}) + "\n")
+        _fail(folder, code, _killed(-code) if code < 0 else reason_of(said) or f"exit code {code}")
+
+
+def _fail(folder: Path, code: int | None, reason: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / FAILED, json.dumps({"exit_code": code, "reason": reason}) + "\n")
+
+
+def _killed(number: int) -> str:
+    """Why a process failed that a signal ended; what it said before, such as a warning, was not why."""
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    hint = ", which is how a system that runs out of memory ends a process" if name == "SIGKILL" else ""
+    return f"killed by {name}{hint}"
+
+
+def _threads(config: Config) -> int:
+    """CPU threads that a run may take."""
+    return config.threads if isinstance(config.threads, int) else cores()
 
 
 def _need_free(folder: Path) -> None:
@@ -366,7 +392,7 @@ def processes(work: Mapping[Cell, Config], out: Path, jobs: int) -> Done:
 
 
 def ray_cluster(work: Mapping[Cell, Config], out: Path, jobs: int) -> Done:
-    """Train the cells on a Ray cluster (a local one is started if there is none): a task each, of as many CPUs as threads.
+    """Train the cells on the Ray cluster of RAY_ADDRESS, else on one started here: a task each, of as many CPUs as threads.
 
     A task trains in a temporary folder of its node and sends the folder back, so nodes share no disk; gankit, its plugins
     and the data must be installed on each. A cluster that is there runs as many tasks as it has CPUs for, whatever ``jobs``.
@@ -378,12 +404,16 @@ def ray_cluster(work: Mapping[Cell, Config], out: Path, jobs: int) -> Done:
     begun = not ray.is_initialized()
     threads = {cell: config.threads if isinstance(config.threads, int) else 1 for cell, config in work.items()}
     if begun:
-        address = os.environ.get("RAY_ADDRESS")
-        cpus = None if address else jobs * max(threads.values(), default=1)
-        ray.init(address=address, num_cpus=cpus, include_dashboard=False, log_to_driver=False)
+        address = os.environ.get("RAY_ADDRESS") or "local"
+        cpus = jobs * max(threads.values(), default=1) if address == "local" else None
+        try:
+            ray.init(address=address, num_cpus=cpus, include_dashboard=False, log_to_driver=False)
+        except (ValueError, OSError) as error:
+            raise UsageError(f"no Ray at {address} (RAY_ADDRESS): {str(error).strip() or error!r}") from None
     try:
         remote = ray.remote(max_retries=1)(train_elsewhere)
-        tasks = {remote.options(num_cpus=threads[cell]).remote(config): cell for cell, config in work.items()}
+        home = str(out)
+        tasks = {remote.options(num_cpus=threads[cell]).remote(config, home): cell for cell, config in work.items()}
         waiting = list(tasks)
         while waiting:
             (first, *_), waiting = ray.wait(waiting, num_returns=1)
@@ -400,10 +430,17 @@ def ray_cluster(work: Mapping[Cell, Config], out: Path, jobs: int) -> Done:
 ENGINES: dict[str, Callable[[Mapping[Cell, Config], Path, int], Done]] = {"processes": processes, "ray": ray_cluster}
 
 
-def train_elsewhere(config: Config) -> bytes:
-    """Train one cell in a temporary folder; its folder as a tar file, with no checkpoints but the newest and the best."""
+def train_elsewhere(config: Config, home: str) -> bytes:
+    """Train one cell in a temporary folder; its folder as a tar file, with no checkpoints but the newest and the best.
+
+    home: the folder that it will lie in, which a failure's reason then names.
+    """
     with tempfile.TemporaryDirectory() as scratch, io.BytesIO() as packed:
         train(replace(config, keep=1), Path(scratch), Children())
+        failed = Path(scratch) / str(config.name) / FAILED
+        if failed.exists():
+            recorded = json.loads(failed.read_text())
+            _fail(failed.parent, recorded["exit_code"], recorded["reason"].replace(scratch, home))
         with tarfile.open(fileobj=packed, mode="w") as tar:
             tar.add(Path(scratch) / str(config.name), ".")
         return packed.getvalue()
@@ -440,6 +477,7 @@ def execute(
     runs = out / "runs"
     runs.mkdir(parents=True, exist_ok=True)
     work: dict[Cell, Config] = {}
+    again: dict[Path, bool] = {}  # of what failed: whether it begins anew
     cells = suite.cells()
     for cell in cells:
         config, folder = suite.config(cell), runs / cell.name
@@ -450,20 +488,22 @@ def execute(
             continue
         _need_free(folder)
         if state == "failed":
-            (folder / FAILED).unlink()
-            if _can_continue(folder) and _changes(config, folder):
-                shutil.rmtree(folder)
+            again[folder] = _can_continue(folder) and bool(_changes(config, folder) or _made_otherwise(folder))
         work[cell] = config
+    for folder, anew in again.items():  # when nothing is refused any more
+        if anew:
+            shutil.rmtree(folder)
+        else:
+            (folder / FAILED).unlink()
     done = len(cells) - len(work)
     report(None, done, len(cells))
     with interruptible():
-        threads = [config.threads for config in work.values() if isinstance(config.threads, int)]
-        training = ENGINES[engine](work, runs, jobs or max(1, cores() // max(threads, default=1)))
+        most = max(map(_threads, work.values()), default=1)
+        training = ENGINES[engine](work, runs, jobs or max(1, cores() // most))
         try:
             for cell, trouble in training:
                 if trouble:
-                    (runs / cell.name).mkdir(parents=True, exist_ok=True)
-                    write_atomic(runs / cell.name / FAILED, json.dumps({"exit_code": None, "reason": trouble}) + "\n")
+                    _fail(runs / cell.name, None, trouble)
                 done += 1
                 report(cell, done, len(cells))
         finally:
@@ -490,6 +530,16 @@ def _changes(config: Config, folder: Path) -> list[str]:
     same = {name: getattr(recorded, name) for name in ("out", "device", "threads", "keep")}
     wanted = replace(configuration.resolve(config, shape), **same)
     return configuration.differences(configuration.plain(recorded), configuration.plain(wanted))
+
+
+def _made_otherwise(folder: Path) -> list[str]:
+    """What of code and data has changed since a run's checkpoint, which ``gankit resume`` therefore refuses."""
+    from gankit.run import made_otherwise
+    from gankit.rundir import RunDir
+
+    with suppress(UsageError):  # of what is gone: the run itself will say so
+        return made_otherwise(RunDir(folder))
+    return []
 
 
 @contextmanager

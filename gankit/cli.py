@@ -543,9 +543,12 @@ def bench(
         benching.narrowed(benching.read(name), seeds=wanted, methods=methods, data=data, steps=steps) for name in suite
     ]
     if dry_run:
-        for one in chosen:
-            for cell in one.cells():
-                click.echo(f"{one.name}  {cell.name}  {benching.state_of(Path(out) / one.name / 'runs' / cell.name)}")
+        listed = [
+            {"suite": one.name, "run": cell.name, "state": benching.state_of(Path(out) / one.name / "runs" / cell.name)}
+            for one in chosen
+            for cell in one.cells()
+        ]
+        click.echo(json.dumps(listed, indent=2) if as_json else "\n".join("  ".join(row.values()) for row in listed))
         return
     from gankit import results
     from gankit.rundir import to_json
@@ -571,13 +574,17 @@ def bench(
 
 def _seeds(text: str) -> range:
     """The seeds that --seeds names: "3" are 0, 1 and 2, and "5-9" all from 5 to 9."""
+    from gankit.bench import MOST_SEEDS
+
     first, dash, last = text.rpartition("-")
-    seeds = range(0)
+    begin = end = 0
     with suppress(ValueError):
-        seeds = range(int(first), int(last) + 1) if dash else range(int(last))
-    if not seeds:
+        begin, end = (int(first), int(last) + 1) if dash else (0, int(last))
+    if not begin < end:
         raise UsageError(f"--seeds takes how many, such as 3, or from which to which, such as 5-9, not {text!r}")
-    return seeds
+    if end - begin > MOST_SEEDS:
+        raise UsageError(f"--seeds {text} are too many: {MOST_SEEDS} at most")
+    return range(begin, end)
 
 
 def _list_suites(as_json: bool) -> None:

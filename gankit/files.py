@@ -16,6 +16,8 @@ from gankit.errors import UsageError
 if sys.platform != "win32":
     import fcntl
 
+FAILED = "failed.json"  # in the folder of a benchmark's run that failed: why
+
 
 def expanded(path: str) -> Path:
     """A path with ``~`` replaced by the home it stands for; as it is where nobody has that name, unlike pathlib's."""

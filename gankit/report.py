@@ -17,7 +17,7 @@ from gankit import figures, plane
 from gankit.config import read_toml
 from gankit.errors import UsageError
 from gankit.figures import Panel, Series, data_uri
-from gankit.files import step_of, write_atomic
+from gankit.files import FAILED, step_of, write_atomic
 from gankit.plane import Array
 from gankit.provenance import metric_of
 from gankit.rundir import RunDir
@@ -28,6 +28,7 @@ MOST_FRAMES = 48  # of all runs together: what takes time
 MOST_BYTES = 4_800_000  # of the page
 OVERHEAD = 60_000  # of them for each run, besides its curves and samples
 WIDTH = 1000  # pixels of a recorded picture
+NARROWEST = 150
 WITHOUT_ZERO = (
     "wasserstein",
     "relativistic",
@@ -85,16 +86,19 @@ def find(given: Sequence[str], out: str = "runs") -> tuple[list[RunDir], str]:
     its ``runs``, stands for all in it. Nothing: the newest run. UsageError for what is none, and for more than MOST_RUNS.
     """
     found: dict[Path, RunDir] = {}
-    left_out = 0
+    left_out: dict[str, int] = {}
     for name in given or (None,):
-        members = [] if name is None else _members(Path(name))
-        left_out += max(0, len(members) - MOST_RUNS)
+        members, which = _members(None if name is None else Path(name))
+        if len(members) > MOST_RUNS:
+            left_out[which] = left_out.get(which, 0) + len(members) - MOST_RUNS
         for run in members[:MOST_RUNS] or [RunDir.find(name, out)]:
             found.setdefault(run.path.resolve(), run)
     if len(found) > MOST_RUNS:
         raise UsageError(f"a page holds {MOST_RUNS} runs at most, and these are {len(found)}: name fewer")
-    sentence = f"{left_out} more runs, those of the highest seeds, are left out: a page holds {MOST_RUNS}."
-    return list(found.values()), sentence if left_out else ""
+    sentences = [
+        f"{count} more runs, {which}, are left out: a page holds {MOST_RUNS}." for which, count in left_out.items()
+    ]
+    return list(found.values()), " ".join(sentences)
 
 
 def benchmarks(given: Sequence[str]) -> list[dict[str, Any]]:
@@ -107,16 +111,19 @@ def benchmarks(given: Sequence[str]) -> list[dict[str, Any]]:
     return [results.section(*results.load(file)) for file in files]
 
 
-def _members(folder: Path) -> list[RunDir]:
-    """The runs a folder collects, lowest seeds first; none for a run's own folder, and for what is no folder."""
-    if (folder / "config.toml").is_file() or not folder.is_dir():
-        return []
+def _members(folder: Path | None) -> tuple[list[RunDir], str]:
+    """The runs a folder collects, what matters most first, and what is last; none for a run's own folder or no folder.
 
-    def seed_and_name(run: Path) -> tuple[int, str]:
-        return read_toml(run / "config.toml")[0].get("seed", 0), run.name
-
+    Lowest seeds come first; where all have one seed, as runs made one by one, the newest, in the order of their numbers.
+    """
+    if folder is None or (folder / "config.toml").is_file() or not folder.is_dir():
+        return [], ""
     runs = [path.parent for path in [*folder.glob("*/config.toml"), *folder.glob("runs/*/config.toml")]]
-    return [RunDir(path) for path in sorted(runs, key=seed_and_name)]
+    seeds = {run: read_toml(run / "config.toml")[0].get("seed", 0) for run in runs if not run.name.startswith(".")}
+    found = sorted(seeds, key=lambda run: (seeds[run], run.name))
+    if len({*seeds.values()}) == 1:
+        return [RunDir(path) for path in [*found[-MOST_RUNS:], *found[:-MOST_RUNS]]], "the oldest"
+    return [RunDir(path) for path in found], "those of the highest seeds"
 
 
 def collect(run: RunDir, name: str) -> Run:
@@ -126,14 +133,14 @@ def collect(run: RunDir, name: str) -> Run:
     rows = run.rows("metrics.jsonl")
     stats = run.rows("stats.jsonl")
     documents = {}
-    for file in ("data.json", "env.json", "provenance.json", "plugins.json", "summary.json", "failed.json"):
+    for file in ("data.json", "env.json", "provenance.json", "plugins.json", "summary.json", FAILED):
         with suppress(UsageError):
             documents[file] = run.read_json(file)
     metrics = [row for row in rows if row["step"] is not None]
     step = max([row["step"] for row in (*stats[-1:], *metrics[-1:])], default=0)
     status = _status(documents, step, config.get("steps"))
     ended = [row["diverged"] for row in run.rows("signals.jsonl") if row.get("diverged")]
-    if ended and "failed.json" not in documents:
+    if ended and FAILED not in documents:
         status = f"diverged: {ended[-1]}"
     return Run(
         name=name,
@@ -150,8 +157,8 @@ def collect(run: RunDir, name: str) -> Run:
 
 
 def _status(documents: Mapping[str, Any], step: int, steps: int | None) -> str:
-    if "failed.json" in documents:
-        return f"failed at step {step:,}: {documents['failed.json']['reason']}"
+    if FAILED in documents:
+        return f"failed at step {step:,}: {documents[FAILED]['reason']}"
     summary = documents.get("summary.json")
     if summary and summary["step"] >= step:
         return f"{summary['status']} after step {summary['step']:,} of {summary['steps']:,}"
@@ -191,7 +198,8 @@ def draw_frames(run: Run, most: int, room: int, tell: Callable[[], None]) -> int
     chosen = [steps[i] for i in spread(len(steps))[:most]]
     files = {step: run.pictures[step].with_suffix(".npz") for step in chosen}
     recorded = {step: plane.load_frame(path) for step, path in files.items() if path.exists()}
-    draw = _plane_frames(run, recorded) if recorded and len(recorded) == len(chosen) else _picture_frame(run)
+    planes = recorded and len(recorded) == len(chosen)
+    draw = _plane_frames(run, recorded) if planes else _picture_frames(run, chosen[:1], room)
     used = 0
     for step in chosen:
         layers, said = draw(step)
@@ -209,8 +217,17 @@ def draw_frames(run: Run, most: int, room: int, tell: Callable[[], None]) -> int
     return used
 
 
-def _picture_frame(run: Run) -> Draw:
-    return lambda step: ([("picture", data_uri(figures.shrunk(run.pictures[step], WIDTH)))], "")
+def _picture_frames(run: Run, first: Sequence[int], room: int) -> Draw:
+    """The function that draws one picture, as wide as the first may be by itself in ``room`` bytes."""
+    width = WIDTH
+
+    def drawn(step: int) -> str:
+        return data_uri(figures.shrunk(run.pictures[step], width))
+
+    for step in first:
+        while width > NARROWEST and len(drawn(step)) > room:
+            width = width * 3 // 4
+    return lambda step: ([("picture", drawn(step))], "")
 
 
 def _plane_frames(run: Run, recorded: Mapping[int, plane.Frame]) -> Draw:

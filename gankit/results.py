@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import statistics
@@ -10,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,16 +21,17 @@ from scipy import stats
 
 from gankit import config as configuration
 from gankit import inversion
-from gankit.bench import FAILED, Cell, Suite, state_of
+from gankit.bench import Cell, Suite, state_of
 from gankit.errors import UsageError
-from gankit.files import write_atomic
+from gankit.files import FAILED, write_atomic
 from gankit.pictures import save_png, sheet
 from gankit.provenance import metric_of
 from gankit.run import Reporter
 from gankit.rundir import RunDir, to_json
-from gankit.terminal import label, shown
+from gankit.terminal import METRICS, label, shown
 
 CONFIDENCE = 0.95
+VERSIONED = ("plugins", "networks", "content")  # of a provenance: versions by name, in runs that have them
 FEW = 6  # seeds; of fewer no resampling covers 95 %: both ends lie among the values, and all of 5 are above or below 1 in 16
 RESAMPLES = 10_000
 THUMBNAIL = 480  # pixels of a picture's width
@@ -96,8 +99,15 @@ def _row(suite: Suite, cell: Cell, run: RunDir, state: str) -> Row:
             "device": config.device,
             "samples": config.eval_samples,
             "plugins": {name: facts["version"] for name, facts in run.read_json("plugins.json").items()},
+            "networks": env.get("networks", {}),
+            "content": {f"content of {data['name']}": _digest(data["sketch"])} if "sketch" in data else {},
         },
     )
+
+
+def _digest(value: Any) -> str:
+    """Eight hexadecimal digits that tell values that JSON has from others."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def time_to_target(
@@ -178,7 +188,7 @@ class Line:
 
     method: str
     steps: int
-    seeds: int
+    seeds: list[int]
     failed: list[str]
     estimates: dict[str, Estimate]
     baseline: str | None
@@ -218,25 +228,36 @@ def tabulate(suite: Suite, rows: Sequence[Row]) -> list[Table]:
                 for method in suite.methods
                 if any(r.method == method for r in (*same, *failed))
             ]
-            truth = {name: value for row in same[:1] for name, value in row.truth.items() if value is not None}
+            truth: dict[str, float] = {}
+            for name, value in chain.from_iterable(row.truth.items() for row in same):
+                if value is not None:
+                    truth.setdefault(name, value)
             tables.append(Table(data, provenance, truth, metrics, lines, suite.baseline, suite.target_of(data)))
     return tables
 
 
 def _groups(rows: Sequence[Row]) -> list[tuple[dict[str, Any], list[Row]]]:
-    """Rows of one provenance each; they share no plugin of two versions."""
-    groups: list[tuple[dict[str, Any], dict[str, str], list[Row]]] = []
+    """Rows of one provenance each; they share no plugin, network or data of two versions."""
+    groups: list[tuple[dict[str, Any], dict[str, dict[str, str]], list[Row]]] = []
     for row in rows:
-        facts = {key: value for key, value in row.provenance.items() if key != "plugins"}
-        versions = row.provenance.get("plugins", {})
+        facts = {key: value for key, value in row.provenance.items() if key not in VERSIONED}
+        versions = {kind: row.provenance[kind] for kind in VERSIONED if row.provenance.get(kind)}
         for provenance, seen, members in groups:
-            if provenance == facts and all(seen.get(name, version) == version for name, version in versions.items()):
-                seen |= versions
+            if provenance == facts and not any(
+                _clashing(seen.get(kind, {}), versions.get(kind, {})) for kind in VERSIONED
+            ):
+                for kind, named in versions.items():
+                    seen[kind] = {**seen.get(kind, {}), **named}
                 members.append(row)
                 break
         else:
-            groups.append((facts, dict(versions), [row]))
-    return [({**provenance, "plugins": seen} if seen else provenance, members) for provenance, seen, members in groups]
+            groups.append((facts, versions, [row]))
+    return [({**provenance, **seen}, members) for provenance, seen, members in groups]
+
+
+def _clashing(mine: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    """What is there in two versions."""
+    return [name for name, version in mine.items() if other.get(name, version) != version]
 
 
 def _line(suite: Suite, method: str, steps: int, mine: list[Row], same: list[Row], failed: list[Row]) -> Line:
@@ -258,7 +279,7 @@ def _line(suite: Suite, method: str, steps: int, mine: list[Row], same: list[Row
     return Line(
         method=method,
         steps=steps,
-        seeds=len(mine),
+        seeds=sorted(row.seed for row in mine),
         failed=[f"seed {row.seed}: {row.reason}" for row in failed if row.method == method],
         estimates=estimates,
         baseline=baseline,
@@ -296,12 +317,14 @@ HEADLINE = (
 
 
 def chosen(table: Table) -> list[str]:
-    """The metrics a table shows: the known ones that are there, in the order of :data:`HEADLINE`.
+    """The columns a table shows: the metrics of :data:`HEADLINE` in its order, then those gankit does not know.
 
-    One distance is enough where modes are known.
+    One distance is enough where modes are known. A metric of two provenances has two columns.
     """
-    known = {metric_of(name): name for name in table.metrics}
-    return [known[name] for name in HEADLINE if name in known and not (name == HEADLINE[-1] and "modes" in known)]
+    known = {metric_of(name) for name in table.metrics}
+    wanted = [name for name in HEADLINE if not (name == HEADLINE[-1] and "modes" in known)]
+    others = [name for name in dict.fromkeys(map(metric_of, table.metrics)) if name not in METRICS]
+    return [column for name in (*wanted, *others) for column in table.metrics if metric_of(column) == name]
 
 
 def cells_of(table: Table, brief: bool = False) -> tuple[list[str], list[list[str]]]:
@@ -311,16 +334,17 @@ def cells_of(table: Table, brief: bool = False) -> tuple[list[str], list[list[st
     header = ["method", *map(label, metrics), *(["target"] if timed else []), "ms/step" if brief else "ms per step"]
     body = [["*true data*", *(shown(name, table.truth.get(name)) for name in metrics), *([""] if timed else []), ""]]
     for line in table.lines:
-        of = f"{line.seeds} of {line.seeds + len(line.failed)}" if line.failed else f"{line.seeds}"
+        trained = len(line.seeds)
+        of = f"{trained} of {trained + len(line.failed)}" if line.failed else f"{trained}"
         row = [f"`{line.method}`"] if brief else [f"`{line.method}` ({of} seed{'s' * (of != '1')})"]
         for name in metrics:
             found = line.estimates.get(name)
             row.append("-" if found is None else _estimate(name, found, line, table.baseline, brief))
         if timed:
-            reached = f"{line.reached} of {line.seeds + len(line.failed)}"
+            reached = f"{line.reached} of {trained + len(line.failed)}"
             if line.to_target and not brief:
                 reached += f", step {line.to_target['step']:,.0f}, {line.to_target['seconds']:.0f} s"
-            row.append(reached if line.seeds else "-")
+            row.append(reached if trained else "-")
         row.append("-" if line.ms_per_step is None else f"{line.ms_per_step:.1f}")
         body.append(row)
         for paper in line.published:
@@ -339,7 +363,7 @@ def _estimate(name: str, found: Estimate, line: Line, usual: str | None, brief: 
     elif found.n > 1:
         low, high = (f"{v:.1f}" if metric_of(name) == "modes" else shown(name, v) for v in found[1:3])
         text += f" [{low}, {high}]" if found.n >= FEW else f" ({low} to {high})"
-    if found.n < line.seeds:
+    if found.n < len(line.seeds):
         text += f" of {found.n}"
     test = line.against.get(name)
     if test:
@@ -362,8 +386,8 @@ def markdown(suite: Suite, rows: Sequence[Row], pictures: Mapping[str, str] | No
         header, body = cells_of(table)
         steps = table.lines[0].steps if table.lines else 0
         parts.append(f"### {table.data}, {steps:,} steps")
-        if facts := _apart(table.provenance, [t.provenance for t in tables if t.data == table.data]):
-            parts.append(f"Only comparable within this table: {', '.join(facts)}.")
+        if alone := apart(table, tables):
+            parts.append(alone)
         parts.append("\n".join([_md(header), _md(["---"] * len(header)), *map(_md, body)]))
         parts += [f"`{line.method}` failed: {'; '.join(line.failed)}." for line in table.lines if line.failed]
     parts.append(legend(suite))
@@ -386,18 +410,19 @@ def repeating(suite: Suite, rows: Sequence[Row]) -> str:
     )
 
 
-def _apart(mine: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What of a provenance differs in one of the others."""
+def apart(table: Table, tables: Sequence[Table]) -> str:
+    """Why a table stands apart from others of its data: a sentence, with what of its provenance differs in one of them."""
+    mine = table.provenance
+    others = [other.provenance for other in tables if other.data == table.data]
     found = [
         f"{key} {json.dumps(value) if isinstance(value, dict) else value}"
         for key, value in mine.items()
-        if key != "plugins" and any(other.get(key) != value for other in others)
+        if key not in VERSIONED and any(other.get(key) != value for other in others)
     ]
-    plugins = [other.get("plugins", {}) for other in others]
-    for name, version in mine.get("plugins", {}).items():
-        if any(known.get(name, version) != version for known in plugins):
-            found.append(f"{name} {version}")
-    return found
+    for kind in VERSIONED:
+        clashing = chain.from_iterable(_clashing(mine.get(kind, {}), other.get(kind, {})) for other in others)
+        found += [f"{name} {mine[kind][name]}" for name in dict.fromkeys(clashing)]
+    return f"Only comparable within this table: {', '.join(found)}." if found else ""
 
 
 def _md(row: Iterable[str]) -> str:
@@ -543,5 +568,9 @@ def html(results: Sequence[tuple[Suite, Sequence[Row]]], shown: Sequence[Shown] 
 
 def section(suite: Suite, rows: Sequence[Row]) -> dict[str, Any]:
     """What the template of tables shows of one suite."""
-    tables = [(table, *cells_of(table)) for table in tabulate(suite, rows)]
-    return {"suite": suite, "tables": tables, "legend": legend(suite)}
+    tables = tabulate(suite, rows)
+    shown = [
+        (table, *cells_of(table), apart(table, tables), {(line.method, s) for line in table.lines for s in line.seeds})
+        for table in tables
+    ]
+    return {"suite": suite, "tables": shown, "legend": legend(suite)}

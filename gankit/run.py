@@ -30,7 +30,7 @@ from gankit.data import Dataset
 from gankit.diagnose import Finding, Record, Watch, diagnose
 from gankit.distributed import Together, team
 from gankit.errors import Diverged, UsageError
-from gankit.files import expanded, held, step_of, write_atomic
+from gankit.files import FAILED, expanded, held, step_of, write_atomic
 from gankit.gan import GAN, Latent, Optim, derive_seed
 from gankit.loop import train
 from gankit.plugins import Source, available, create, find, load_object, version_of
@@ -239,8 +239,9 @@ class Session:
         run, data = self.run, self.data
         write_atomic(run.path / "config.toml", configuration.to_toml(self.config))
         run.write_json("plugins.json", self.plugins)
-        run.write_json("env.json", {**environment(self.gan.device), "processes": self.team.size})
-        run.write_json("data.json", asdict(summary))
+        own = {"processes": self.team.size, "networks": self.saver.facts["networks"]}
+        run.write_json("env.json", {**environment(self.gan.device), **own})
+        run.write_json("data.json", {**asdict(summary), "sketch": data.sketch()})
         if data.is_image:
             pictures.save_png(pictures.image_grid(data.held_out(64).cpu(), 8), run.samples / "reals.png")
         elif data.shape == (2,):
@@ -265,11 +266,7 @@ class Session:
     def _checkpoint(self) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
         checkpoint = self.run.checkpoint("latest")
         state = self.run.load_state(checkpoint)
-        # what older versions did not record
-        since = {"processes": 1, **{name: self.saver.facts[name] for name in ("networks", "data")}}
-        changed = configuration.differences({**since, **state["facts"]}, self.saver.facts)
-        changed = [change for change in changed if not change.startswith("config.steps:")]
-        if changed:
+        if changed := _since(state["facts"], self.saver.facts):
             raise UsageError(
                 f"{self.run.path} cannot be continued, because this has changed since its checkpoint: "
                 f"{'; '.join(changed)}"
@@ -318,6 +315,28 @@ class Session:
         )
         self.run.write_json("summary.json", result.plain())
         return result
+
+
+def _since(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What has changed since a checkpoint's facts, but for the end of the run."""
+    older = {"processes": 1, **{name: now[name] for name in ("networks", "data")}}  # versions that did not record these
+    changed = configuration.differences({**older, **was}, now)
+    return [change for change in changed if not change.startswith("config.steps:")]
+
+
+def made_otherwise(run: RunDir) -> list[str]:
+    """What of code and data has changed since a run's last checkpoint, so that it cannot be continued."""
+    config = recorded_config(run)
+    was = run.load_state(run.checkpoint("latest"), mmap=True)["facts"]
+    for spec in filter(None, (config.generator, config.discriminator)):
+        load_object(spec)
+    now = {
+        "plugins": facts_of([find(spec) for spec in config.plugin]),
+        "networks": networks_of(config),
+        "data": datasets.load(config.data, data_root=config.data_root, image_size=config.image_size).sketch(),
+        "gankit": __version__,
+    }
+    return _since(was, {**was, **now})
 
 
 def curve_groups(run: RunDir) -> dict[str, list[dict[str, Any]]]:
@@ -449,6 +468,8 @@ def resume(run: RunDir, reporter: Reporter, steps: int | None = None) -> Result:
         config = members.led(partial(_unfinished, run, steps))
         session = Session(config, read_data(config, reporter), run, reporter)
         session.restore()
+        if members.rank == 0:
+            (run.path / FAILED).unlink(missing_ok=True)  # a benchmark's run that somebody continues
         if steps and members.rank == 0:
             write_atomic(run.path / "config.toml", configuration.to_toml(session.config))
         return session.train()

@@ -3,8 +3,8 @@
 00003-ring-pairwise_gp/
     config.toml     every setting, resolved; `gankit run --config` accepts it
     plugins.json    name, distribution and version of each plugin
-    env.json        versions, machine, threads
-    data.json       summary of the data
+    env.json        versions, machine, threads; the state of the code of own networks
+    data.json       summary of the data, and a sketch of their content
     stats.jsonl     losses by term, gradient shares, costs, every --log-every steps
     signals.jsonl   signs of health at every evaluation, for `gankit diagnose`; the first line is of true samples
     provenance.json where values come from whose names carry a provenance
@@ -99,7 +99,7 @@ class RunDir:
         if given and (Path(given) / "config.toml").is_file():
             return cls(Path(given))
         root = Path(out)
-        runs = sorted(path.parent for path in root.glob("*/config.toml"))
+        runs = sorted(path.parent for path in root.glob("[!.]*/config.toml"))
         if given is None and runs:
             return cls(max(runs, key=lambda path: (path / "config.toml").stat().st_mtime))
         number = f"{int(given):05d}-" if given and given.isdecimal() else None

@@ -53,6 +53,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "reconstruction_error": ("reconstruction error", "{:.5f}"),
 }
 REFRESH = 0.25  # seconds between redraws of the bar: drawing competes with training for the interpreter
+WIDE = 1000  # columns where there is no terminal: nothing of a table is cut
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 
 
@@ -284,18 +285,24 @@ class BenchProgress:
 
 def show_bench(console: Console, suite: Suite, rows: list[Row], folder: Path) -> None:
     """The tables of a suite, and where everything lies."""
-    from gankit.results import cells_of, legend, tabulate
+    from gankit.results import apart, cells_of, legend, tabulate
 
+    if not console.is_terminal:
+        console.width = max(console.width, WIDE)
     console.print(f"\n[bold]{escape(suite.title)}[/], protocol: {escape(suite.protocol)}", highlight=False)
-    for table in tabulate(suite, rows):
+    tables = tabulate(suite, rows)
+    for table in tables:
         header, body = cells_of(table, brief=True)
-        shown_table = Table(*map(escape, header[:1]), box=None, header_style="bold", pad_edge=False)
+        shown_table = Table(box=None, header_style="bold", pad_edge=False)
+        shown_table.add_column(escape(header[0]), overflow="fold")
         for name in header[1:]:
-            shown_table.add_column(escape(name), justify="right")
+            shown_table.add_column(escape(name), justify="right", overflow="fold")
         for row in body:
             shown_table.add_row(*(escape(cell.replace("`", "").replace("*", "")) for cell in row))
         steps = table.lines[0].steps if table.lines else 0
         console.print(f"\n{escape(table.data)}, {steps:,} steps", highlight=False)
+        if alone := apart(table, tables):
+            console.print(escape(alone), highlight=False, soft_wrap=True)
         console.print(shown_table)
         for line in table.lines:
             for reason in line.failed:

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -237,6 +238,17 @@ def test_many_large_pictures_are_thinned_until_they_fit(tmp_path: Path) -> None:
     assert f"{len(steps)} of 50 recorded pictures are in this page" in text
 
 
+def test_many_runs_with_large_pictures_fit_into_a_page(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    noise = Image.fromarray(random.integers(0, 255, (1000, 1000, 3), dtype=np.uint8))
+    for number in range(report.MOST_RUNS):
+        folder = record(tmp_path / "runs" / f"{number:05d}-a", steps=(10, 20), points=False)
+        noise.save(folder / "samples" / "fakes-000020.png")
+    text = page(*sorted((tmp_path / "runs").iterdir()))
+    assert 1_000_000 < len(text) < 5_000_000
+    assert len(re.findall(r'<div class="frame" data-step="20"', text)) == report.MOST_RUNS
+
+
 @given(st.integers(0, 300))
 def test_frames_are_spread_over_training(count: int) -> None:
     order = report.spread(count)
@@ -273,7 +285,17 @@ def test_which_runs_are_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(report, "MOST_RUNS", 4)
     runs, note = report.find([str(bench)])
     assert [run.path.name for run in runs] == ["ring-a-s0", "ring-b-s0", "ring-a-s1", "ring-b-s1"]
-    assert note.startswith("2 more runs")
+    assert note == "2 more runs, those of the highest seeds, are left out: a page holds 4."
+    part = bench / "runs" / ".ring-a-s3.part"  # a cluster's run that is being unpacked
+    record(part, steps=(10,), seed=3)
+    assert report.find([str(bench)])[1] == note
+    for number in range(1, 6):
+        record(tmp_path / "runs" / f"{number:05d}-ring", steps=(10,))
+    assert found("runs") == [f"{number:05d}-ring" for number in range(2, 6)]  # all of seed 0
+    assert report.find(["runs"])[1] == "2 more runs, the oldest, are left out: a page holds 4."
+    shutil.copytree(part, tmp_path / "runs" / ".00009-ring.part")
+    (tmp_path / "runs" / ".00009-ring.part" / "config.toml").touch()
+    assert RunDir.find(None).path.name != ".00009-ring.part"
     with pytest.raises(UsageError, match="these are 5: name fewer"):
         report.find([str(bench), "0"])
     with pytest.raises(UsageError, match="no run nowhere found"):

@@ -154,7 +154,8 @@ WORDS = {
 def _means(table: results.Table, line: results.Line, steps: int, names: Sequence[str]) -> str:
     found = {name: line.estimates[name].mean for name in results.chosen(table) if name in line.estimates}
     length = "" if line.steps == steps else f", {line.steps:,} steps"
-    return f"`{line.method}`, {line.seeds} seed{'s' * (line.seeds != 1)}{length}: {_values(found, names)}"
+    seeds = len(line.seeds)
+    return f"`{line.method}`, {seeds} seed{'s' * (seeds != 1)}{length}: {_values(found, names)}"
 
 
 def _values(found: Mapping[str, Any], names: Sequence[str] = SHOWN) -> str:
