@@ -999,7 +999,6 @@ def test_rows_are_added_to_published_ones(tmp_path: Path) -> None:
 
 
 UNMEASURED = {  # as the notes of the suites say
-    "gaussians1200": {("gaussians1200", "packing2"), ("gaussians1200", "veegan")},
     "pacgan": {
         *itertools.product(("ring", "grid"), ("pacgan2", "pacgan3", "pacgan4", "ali")), ("ring", "pacgan2_alternating")
     },
