@@ -326,6 +326,11 @@ class OwnGAN(GAN):
                 continue
             if phase not in self.optimizers:
                 raise UsageError(f"a plugin brings parameters to train: {GIVE_OPTIMIZERS}")
+            if any("initial_lr" in group for group in self.optimizers[phase].param_groups):
+                raise UsageError(
+                    "a plugin brings parameters to train, and a learning-rate scheduler that is made already does not know "
+                    "them: call attached.setup(real, fake, z) before you make the scheduler"
+                )
             self.optimizers[phase].add_param_group({"params": fresh})
 
     def _add(self, name: str, module: nn.Module, phase: str) -> None:
@@ -366,9 +371,9 @@ class Attached:
     gan: what the plugins are told, a :class:`gankit.GAN`; None before set-up. terms: what each plugin added to the last
     losses of phase "d" and of phase "g", by name, detached, for logging.
 
-    Plugins count steps. With the optimisers given, a step begins after an update of G (of D, if only that one is given), so
-    that micro-batches of one update share it. Else it begins with the first batch of D after one of G, or with every batch
-    where only one player's batches are shown here.
+    Plugins count steps. With the optimisers given, a step begins with the first batch of D after an update of G (of D, if
+    only that one is given), so that micro-batches of one update share it. Else it begins with the first batch of D after one
+    of G. Where only one player's batches are shown here, it begins with every batch, or after every update.
     """
 
     def __init__(
@@ -611,7 +616,9 @@ class Attached:
 
     def _hook(self, optimizers: Mapping[str, torch.optim.Optimizer]) -> None:
         """Be told of the optimisers' steps; warn of plugins of an earlier one that go on acting after them."""
-        earlier = (o for o in _hooked if o.gan and not set(o.gan.optimizers.values()).isdisjoint(optimizers.values()))
+        mine = bare(self.discriminator)  # another one is of another pair of networks, whose plugins are to act
+        same = (o for o in _hooked if o.gan and bare(o.discriminator) is mine)
+        earlier = (o for o in same if o.gan and not set(o.gan.optimizers.values()).isdisjoint(optimizers.values()))
         acting = [name for other in earlier if other.gan for name in other._acting(other.gan, "post_step")]
         if acting:
             warnings.warn(
@@ -660,6 +667,8 @@ class Attached:
         count = self._count
         if count["counted"]:
             begins = ("g" if "g" in count["counted"] else "d") in count["moved"]
+            # several updates of G share the step of D's before them
+            begins &= phase == "d" or "d" not in count["shown"]
         elif phase == "d":
             begins = count["last"] == "g" or "g" not in count["shown"]
         else:
@@ -788,6 +797,11 @@ def advised(batch: Batch) -> Iterator[None]:
         if not batch.z.numel() and NOTHING.search(str(error)):
             error.add_note(
                 "(no z was given; where a plugin needs it: attached.show(real, fake, z), and so for terms and losses)"
+            )
+        if isinstance(error, TypeError) and "required positional argument" in str(error):
+            error.add_note(
+                "(plugins call a generator with z alone; where yours takes more, such as labels, use the plugin's function "
+                "on samples that you make)"
             )
         if "fabric.backward" in str(error):
             error.add_note(

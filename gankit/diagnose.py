@@ -481,10 +481,10 @@ def saturated(record: Record) -> Seen:
 def overfitted(record: Record) -> Seen:
     """A discriminator that knows the training samples by heart."""
     rows = record.lasting("memory")
-    sizes = record.truth("train"), record.truth("held_out")
-    error = (
-        (sum(sizes) + 1) / (12 * sizes[0] * sizes[1])
-    ) ** 0.5  # of the area under the curve, for equal distributions
+    pack = max(row.get("pack", 1) for row in rows)  # older versions did not record it
+    sizes = record.truth("train") / pack, record.truth("held_out") / pack
+    # of the area under the curve, for equal distributions
+    error = ((sum(sizes) + 1) / (12 * sizes[0] * sizes[1])) ** 0.5
     memory = min(row["memory"] for row in rows)
     sure = graded(memory, MEMORY)
     if not sure or memory < 0.5 + ERRORS * error:
@@ -517,7 +517,7 @@ def frozen(record: Record) -> Seen:
     rows = record.evaluations("d_norm", LASTING)[-LASTING:]
     still = [
         phase for phase in "dg"
-        if all(abs(a[f"{phase}_norm"] - b[f"{phase}_norm"]) <= STILL * b[f"{phase}_norm"] for a, b in pairwise(rows))
+        if all(_still(a[f"{phase}_norm"], b[f"{phase}_norm"]) for a, b in pairwise(rows))
     ]  # fmt: skip
     if not still:
         return None
@@ -525,6 +525,10 @@ def frozen(record: Record) -> Seen:
     off = [phase for phase in still if not getattr(record.config, f"lr_{phase}")]
     reason = f"; {' and '.join(f'--lr-{p}' for p in off)} is 0" if off else ""
     return f"the weights of {names} do not move, {_when(rows)}{reason}", SURE[2], _against_frozen(record, off)
+
+
+def _still(before: float | None, after: float | None) -> bool:
+    return before is not None and after is not None and abs(before - after) <= STILL * after
 
 
 def _against_frozen(record: Record, off: list[str]) -> Iterator[Suggestion]:

@@ -37,14 +37,20 @@ def joined() -> Iterator[None]:
     Process 0 alone writes to the terminal. Of errors the first is raised; where another process has raised one, this one
     ends in silence, with SystemExit.
     """
-    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
     backend = "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        backend = "cpu:gloo,cuda:nccl"
-    store, rank, size = next(rendezvous("env://"))
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+            backend = "cpu:gloo,cuda:nccl"
+        store, rank, size = next(rendezvous("env://"))
+    except ValueError as error:  # of a variable that is missing or no number
+        raise UsageError(
+            f"RANK and WORLD_SIZE are set, as for one of several processes, and not by torchrun ({error}): unset them, or "
+            "start with torchrun -m gankit"
+        ) from None
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     try:
         with ExitStack() as silent:

@@ -72,7 +72,9 @@ class Signals:
         self.points = self.features(self.real)
         self.anchors = self.points[anchors(self.points)]
         self.own = variety(self.points)
-        self.radii = radii(self.points)
+        # of values that repeat, such as whole numbers, all neighbours would be equal
+        self.distinct = torch.unique(self.points, dim=0)
+        self.radii = radii(self.distinct)
 
     def features(self, samples: Tensor) -> Tensor:
         """Samples as vectors to compare, (N, D) float64: standardised columns, or images of few pixels."""
@@ -103,18 +105,17 @@ class Signals:
         m = min(len(points), len(self.points))
         one, other = variety(points[:m]), self.own if m == len(self.points) else variety(self.points[:m])
         twins = one["nearest"] <= DUPLICATE * other["nearest"].median()
-        distances = torch.cdist(points, self.points)
         row = {
             "finite": finite,
             "m": m,
             "spread": _ratio(one["spread"], other["spread"]),
             "rank": _ratio(one["rank"], other["rank"]),
             "duplicates": twins.double().mean().item(),
-            "precision": (distances <= self.radii).any(dim=1).double().mean().item(),
+            "precision": (torch.cdist(points, self.distinct) <= self.radii).any(dim=1).double().mean().item(),
             "cells": self.cells(points),
         }
         if self.labels is not None:
-            nearest = self.labels[distances.argmin(dim=1)]
+            nearest = self.labels[torch.cdist(points, self.points).argmin(dim=1)]
             row["labels"] = torch.bincount(nearest, minlength=self.classes).tolist()
         return row
 
@@ -161,6 +162,7 @@ class Signals:
             row[f"{name}_logits"] = [found.mean().item(), found.std().item()]
         row |= {"separation": _above(real, fake), "held_out_separation": _above(held_out, fake)}
         row["memory"] = _above(real, held_out)
+        row["pack"] = updates * size / len(real)  # samples that D judges as one
         for phase in "dg":
             row |= self._pull(gan, phase, self.real[place % len(self.real)], z)
         return row

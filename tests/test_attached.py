@@ -20,7 +20,7 @@ from torch.nn.functional import softplus
 from torch.optim.optimizer import _global_optimizer_post_hooks as GLOBAL_HOOKS
 
 import gankit
-from gankit import UsageError, hookimpl
+from gankit import UsageError, hookimpl, protocols
 from gankit.attached import Attached, Optimizers, bare, innermost
 from gankit.checks import spectral_norms
 from gankit.gan import derive_seed
@@ -670,6 +670,8 @@ LOOPS = {  # what is done, and the steps that are counted for D's and G's batche
     "g": ("gGgG", [], [1, 2], [], [1, 2]),
     "both": ("dDgGdDgG", [1, 2], [1, 2], [1, 2], [1, 2]),
     "three to one": ("dDdDdDgGdDdDdDgG", [1, 2, 3, 4, 4, 4], [3, 4], [1, 1, 1, 2, 2, 2], [1, 2]),
+    "one to two": ("dDgGgGdDgGgGdDgGgG", [1, 2, 3], [1, 1, 2, 2, 3, 3], [1, 2, 3], [1, 1, 2, 2, 3, 3]),
+    "two of G first": ("gGgGdDgGgGdDgGgGdD", [3, 4, 5], [1, 2, 3, 3, 4, 4], [3, 4, 5], [1, 2, 3, 3, 4, 4]),
     "micro-batches": ("ddDggGddDggG", [1, 2, 3, 3], [2, 2, 3, 3], [1, 1, 2, 2], [1, 1, 2, 2]),
     "interleaved micro-batches": ("dgdgDGdgdgDG", [1, 2, 3, 4], [1, 2, 3, 4], [1, 1, 2, 2], [1, 1, 2, 2]),
 }
@@ -889,6 +891,60 @@ def test_attaching_anew_warns_of_plugins_that_still_act_and_detach_ends_them() -
         gankit.attach(G, D, [Told()], optimizers=fresh).setup(real, fake)
     optimizers["g"].step()
     assert [t.phases for t in told] == [["d"], ["d"], ["g"]]
+
+
+def test_another_pair_of_networks_with_the_same_optimiser_is_nobody_s_successor() -> None:
+    """As in a CycleGAN, whose generators share one."""
+    pairs = [networks() for _ in range(2)]
+    real, fake = samples()
+    every = {
+        phase: torch.optim.SGD([p for pair in pairs for p in pair[i].parameters()], lr=0.1)
+        for i, phase in enumerate("gd")
+    }
+    told = [Told() for _ in pairs]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for (G, D), one in zip(pairs, told, strict=True):
+            gankit.attach(G, D, [one], optimizers=every).setup(real, fake)
+    every["d"].step()
+    assert [one.phases for one in told] == [["d"], ["d"]]
+
+
+def test_a_scheduler_that_does_not_know_a_plugin_s_parameters_is_refused() -> None:
+    G, _ = networks()
+    real, _ = samples()
+    D = protocols.Logits(nn.Linear(real.shape[1] + 2, 1).double())
+    z = torch.randn(6, 2, dtype=torch.float64)
+    optimizers = {phase: torch.optim.SGD(m.parameters(), lr=0.1) for phase, m in (("d", D), ("g", G))}
+    torch.optim.lr_scheduler.LambdaLR(optimizers["g"], lambda step: 0.5)
+    with pytest.raises(UsageError, match=r"attached\.setup\(real, fake, z\) before you make the scheduler"):
+        gankit.attach(G, D, ["bigan"], optimizers=optimizers).d_loss(real, G(z), z)
+    assert len(optimizers["g"].param_groups) == 1
+    optimizers["g"] = torch.optim.SGD(G.parameters(), lr=0.1)
+    attached = gankit.attach(G, D, ["bigan"], optimizers=optimizers)
+    attached.setup(real, G(z), z)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizers["g"], lambda step: 0.5)
+    attached.g_loss(real, G(z), z).backward()
+    optimizers["g"].step()
+    scheduler.step()
+    assert [group["lr"] for group in optimizers["g"].param_groups] == [0.05, 0.05]
+
+
+def test_a_conditional_generator_is_named_where_a_plugin_calls_it_with_z_alone() -> None:
+    class Conditional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = networks()[0]
+
+        def forward(self, z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return self.body(z)
+
+    G, D = Conditional(), networks()[1]
+    real, _ = samples()
+    z = torch.randn(6, 2, dtype=torch.float64)
+    with pytest.raises(TypeError) as caught:
+        gankit.attach(G, D, ["mode_seeking"]).g_terms(real, G(z, z), z)
+    assert any("use the plugin's function on samples that you make" in note for note in caught.value.__notes__)
 
 
 def test_a_compiled_generator_works_and_a_compiled_discriminator_is_refused_where_it_must_be() -> None:

@@ -158,6 +158,30 @@ def test_precision_is_the_share_within_the_third_neighbour_of_some_training_samp
     assert few.of(few.real)["precision"] == 1
 
 
+def test_values_that_repeat_have_neighbours_among_the_other_values() -> None:
+    """Else every radius would be 0, and a G that misses whole numbers by a hundredth would make none that is plausible."""
+    rng = np.random.default_rng(0)
+    dice = rng.integers(1, 7, size=(2000, 2)).astype("float32")
+    signals = Signals(from_arrays("dice", dice), lambda row: None)
+    near, far = (rng.permutation(dice)[:512] + rng.normal(scale=s, size=(512, 2)) for s in (0.01, 100))
+    assert signals.of(torch.from_numpy(near.astype("float32")))["precision"] == 1
+    assert signals.of(torch.from_numpy(far.astype("float32")))["precision"] < 0.1
+    assert signals.of(signals.held_out)["precision"] == 1
+
+
+def test_packs_are_fewer_than_samples() -> None:
+    """The error of a rate is that of the packs that D judges."""
+    data = from_arrays("x", np.random.default_rng(0).normal(size=(40, 3)).astype("float32"))
+    rows: list[dict[str, Any]] = []
+    plugins, _ = create(["packing"], {"packing": {"m": 4}})
+    measure(tiny_gan(plugins=plugins, core={"signals": Signals(data, rows.append, 16)}))
+    assert rows[-1]["pack"] == 4
+    alone = found(logged(change=always(memory=0.6)))
+    packed = found(logged(change=always(memory=0.6, pack=4)))
+    assert (list(alone), list(packed)) == (["overfitted D"], [])
+    assert list(found(logged(change=always(memory=0.7, pack=4)))) == ["overfitted D"]
+
+
 def test_what_d_says_is_the_area_under_the_curve_of_scipy() -> None:
     """D gives the first coordinate: its logits are known without it."""
 
@@ -329,6 +353,7 @@ def test_nothing_is_found_in_a_healthy_run() -> None:
         ("poor inverse", always(reconstruction=0.35), always(reconstruction=0.34)),
         ("frozen network", always(d_norm=5.0), lambda k: {"d_norm": 5.0 + 1e-7 * k}),
         ("frozen network", always(g_norm=5.0), lambda k: {"g_norm": 5.0 + 1e-7 * k}),
+        ("frozen network", always(d_norm=5.0, g_norm=None), always(g_norm=None)),
         ("vanishing gradient", always(g_gradient=1e-6), always(g_gradient=1.1e-6)),
         ("exploding", always(g_gradient=10.0), always(g_gradient=9.0)),
         ("exploding", always(d_gradient=10.0), always(d_gradient=9.0)),

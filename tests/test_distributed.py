@@ -227,6 +227,20 @@ def test_a_batch_that_does_not_divide_is_refused_once_and_leaves_no_folder(tmp_p
     assert not list((tmp_path / "0" / "runs").iterdir())
 
 
+@pytest.mark.parametrize(
+    "variables", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "x"}, {"WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "b"}]
+)
+def test_variables_that_are_not_torchrun_s_are_one_sentence(
+    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"RANK": "0", **variables}.items():
+        monkeypatch.setenv(name, value)
+    refused = CliRunner().invoke(cli.main, ["plugins", "show", "r1"])
+    assert refused.exit_code == 2 and "not by torchrun" in refused.output and "unset them" in refused.output
+
+
 def test_a_flag_that_does_not_exist_is_one_sentence(tmp_path: Path) -> None:
     codes, outputs = gankit(tmp_path, "run", "--stepps", "3")
     assert None not in codes and 0 not in codes

@@ -104,6 +104,8 @@ class LeCam:
             return
         # without the batches that overflowed, whose update a GradScaler skipped
         seen = torch.stack(self._seen)
+        # autocast's logits are too coarse to move an average by a hundredth
+        seen = seen.to(torch.promote_types(seen.dtype, torch.float32))
         mean = seen.masked_fill(~seen.isfinite(), math.nan).nanmean(0)
         self._seen = []
         if self.averages is None or step <= self.start:

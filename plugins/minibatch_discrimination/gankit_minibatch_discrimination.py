@@ -502,19 +502,21 @@ class MinibatchStatistics:
         self.calibrated = self.calibrate == "off"
 
     @hookimpl(wrapper=True)
-    def critic(
-        self, gan: GAN, view: View, phase: str, step: int
-    ) -> Generator[None, Callable[..., Tensor], Callable[..., Tensor]]:
-        """Before the very first update, calibrate on the real side; the critic itself is handed on."""
+    def critic(self, gan: GAN, view: View, phase: str) -> Generator[None, Callable[..., Tensor], Callable[..., Tensor]]:
+        """Before D's very first update, calibrate on the real side; the critic itself is handed on.
+
+        A layer of a continued run has its center.
+        """
         critic = yield
-        if phase == "d" and step == 1 and not self.calibrated and isinstance(self.layer, MinibatchDiscrimination):
+        layer, fresh = self.layer, phase == "d" and not self.calibrated
+        if fresh and isinstance(layer, MinibatchDiscrimination) and not layer.center.any():
             caught: list[Tensor] = []
-            handle = self.layer.register_forward_pre_hook(lambda module, arguments: caught.append(arguments[0]))
+            handle = layer.register_forward_pre_hook(lambda module, arguments: caught.append(arguments[0]))
             try:
                 with torch.no_grad(), gan.initialising(self):
                     extra_pass(gan.discriminator, *view.real)
             finally:
                 handle.remove()
-            self.layer.calibrate(caught[-1], rescale=self.calibrate == "scale")
-            self.calibrated = True
+            layer.calibrate(caught[-1], rescale=self.calibrate == "scale")
+        self.calibrated |= fresh
         return critic

@@ -252,6 +252,11 @@ def choose(reference: Sequence[Tensor], view: View) -> None:
     """Fill D's reference: one half with the first samples of the real side, the other with those of the fake side."""
     for tensor, real, fake in zip(reference, *view, strict=True):
         half = len(tensor) // 2
+        if len(real) < len(tensor) - half or len(fake) < half:
+            raise UsageError(
+                f"virtual_batch_norm takes its reference of {len(tensor)} samples from D's first batch, half of it real and "
+                f"half generated, and that has {len(real)} and {len(fake)}: begin with a whole batch"
+            )
         tensor.copy_(torch.cat([real[: len(tensor) - half], fake[:half]]))
 
 

@@ -198,6 +198,21 @@ def test_an_update_of_several_batches_counts_all_and_none_that_overflowed() -> N
     assert torch.equal(plugin.averages, torch.tensor([3.25, 1.125]))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_averages_move_under_autocast(dtype: torch.dtype) -> None:
+    """A hundredth of a small change is below the spacing of halves, in which an average would never move."""
+    plugin = LeCam()
+    for real, count in ((1.5, 1), (1.625, 500)):
+        for step in range(count):
+            plugin.pre_d_loss(
+                torch.full((4,), real, dtype=dtype), torch.full((4,), -real, dtype=dtype), step + 1, False
+            )
+            plugin.post_step("d", step + 1)
+    assert plugin.averages is not None and plugin.averages.dtype == torch.float32
+    expected = 1.625 - 0.125 * 0.99**500
+    torch.testing.assert_close(plugin.averages, torch.tensor([expected, -expected]), rtol=1e-5, atol=0)
+
+
 def test_pairs_of_a_joint_view() -> None:
     check_history(LeCam, bigan=BiGAN())
 

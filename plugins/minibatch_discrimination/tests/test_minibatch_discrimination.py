@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gankit import UsageError, View, hookimpl
+from gankit import UsageError, View, attach, hookimpl
 from gankit.checks import spectral_norms
 from gankit.loop import train, update
 from gankit.networks import folded
@@ -548,6 +548,24 @@ def test_calibration_happens_once_before_the_first_update_on_the_real_side(calib
     for phase in "dgd":
         update(gan, phase, 1)
     assert torch.equal(center, gan.discriminator.layers.out.statistics.center)
+
+
+def test_calibration_comes_with_d_s_first_batch_where_g_goes_first() -> None:
+    torch.manual_seed(0)
+    generator = nn.Linear(2, 3)
+    critic = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1), nn.Flatten(0))
+    optimizers = {p: torch.optim.SGD(m.parameters(), lr=0.1) for p, m in (("d", critic), ("g", generator))}
+    attached = attach(generator, critic, [small(calibrate="center")], optimizers=optimizers)
+    z, real = torch.randn(8, 2), torch.randn(8, 3)
+    attached.g_loss(real, generator(z), z).backward()
+    optimizers["g"].step()
+    statistics = next(m for m in critic.modules() if isinstance(m, MinibatchDiscrimination))
+    assert not statistics.center.any()
+    attached.d_loss(real, generator(z), z)
+    center = statistics.center.clone()
+    assert center.any()
+    attached.d_loss(real + 1, generator(z), z)
+    assert torch.equal(statistics.center, center)
 
 
 def test_calibration_moves_no_statistics_of_batch_norm_and_no_dropout() -> None:

@@ -508,6 +508,15 @@ def attached(z: Tensor | None) -> tuple[nn.Sequential, nn.Sequential, Tensor]:
     return generator, discriminator, generator(normal(5, 4))
 
 
+def test_a_first_batch_that_is_too_small_for_the_reference_is_refused() -> None:
+    generator = nn.Linear(4, 3)
+    discriminator = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    loop = gankit.attach(generator, discriminator, [VBN(on="d")])
+    loop.setup(torch.zeros(16, 3), torch.zeros(16, 3))
+    with pytest.raises(UsageError, match="reference of 16 samples .* and that has 6 and 6: begin with a whole batch"):
+        loop.d_loss(torch.randn(6, 3), torch.randn(6, 3))
+
+
 def test_it_attaches_to_a_loop_of_ones_own() -> None:
     generator, discriminator, fake = attached(normal(5, 4))
     assert isinstance(generator[1], VirtualBatchNorm) and fake.isfinite().all()
