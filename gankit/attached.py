@@ -617,9 +617,13 @@ class Attached:
     def _hook(self, optimizers: Mapping[str, torch.optim.Optimizer]) -> None:
         """Be told of the optimisers' steps; warn of plugins of an earlier one that go on acting after them."""
         mine = bare(self.discriminator)  # another one is of another pair of networks, whose plugins are to act
-        same = (o for o in _hooked if o.gan and bare(o.discriminator) is mine)
-        earlier = (o for o in same if o.gan and not set(o.gan.optimizers.values()).isdisjoint(optimizers.values()))
-        acting = [name for other in earlier if other.gan for name in other._acting(other.gan, "post_step")]
+        acting = [
+            name
+            for other in _hooked
+            if other.gan and bare(other.discriminator) is mine
+            if not set(other.gan.optimizers.values()).isdisjoint(optimizers.values())
+            for name in other._acting(other.gan, "post_step")
+        ]
         if acting:
             warnings.warn(
                 f"{' and '.join(acting)} of an earlier gankit.attach still acts after the steps of these optimisers: call "
@@ -666,9 +670,8 @@ class Attached:
         """Begin a step, or go on with the running one; see the class."""
         count = self._count
         if count["counted"]:
-            begins = ("g" if "g" in count["counted"] else "d") in count["moved"]
-            # several updates of G share the step of D's before them
-            begins &= phase == "d" or "d" not in count["shown"]
+            moved = ("g" if "g" in count["counted"] else "d") in count["moved"]
+            begins = moved and (phase == "d" or "d" not in count["shown"])  # updates of G share the step of D's before
         elif phase == "d":
             begins = count["last"] == "g" or "g" not in count["shown"]
         else:
@@ -798,7 +801,7 @@ def advised(batch: Batch) -> Iterator[None]:
             error.add_note(
                 "(no z was given; where a plugin needs it: attached.show(real, fake, z), and so for terms and losses)"
             )
-        if isinstance(error, TypeError) and "required positional argument" in str(error):
+        if isinstance(error, TypeError) and "forward() missing" in str(error):
             error.add_note(
                 "(plugins call a generator with z alone; where yours takes more, such as labels, use the plugin's function "
                 "on samples that you make)"

@@ -80,7 +80,12 @@ class Suite:
     first_seed: int = 0
 
     def cells(self) -> list[Cell]:
-        """All runs, seed by seed, so that an interrupted suite has every method on the seeds it has."""
+        """All runs, seed by seed, so that an interrupted suite has every method on the seeds it has.
+
+        UsageError for more than MOST_SEEDS seeds.
+        """
+        if self.seeds > MOST_SEEDS:
+            raise UsageError(f"suite {self.name}: {self.seeds} seeds are too many: {MOST_SEEDS} at most")
         lengths = self.steps or (None,)
         seeds = range(self.first_seed, self.first_seed + self.seeds)
         return [Cell(d, m, n, s) for s in seeds for d in self.data for n in lengths for m in self.methods]
@@ -156,18 +161,15 @@ def read(name: str) -> Suite:
     steps = content.pop("steps", [])
     content["steps"] = tuple(steps) if isinstance(steps, list) else (steps,)
     for length in content["steps"]:
-        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        if not _whole(length, 1):
             raise UsageError(f"{path}: steps must be whole numbers from 1 on, not {length!r}")
     suite = Suite(name=path.stem, **{"title": path.stem, **content})
     for baseline in (suite.baseline, *(method.get("baseline") for method in suite.methods.values())):
         if baseline is not None and baseline not in suite.methods:
             raise UsageError(f"{path}: the baseline {baseline!r} is none of its methods, {', '.join(suite.methods)}")
     for key, least in (("seeds", 1), ("first_seed", 0)):
-        value = getattr(suite, key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if not _whole(value := getattr(suite, key), least):
             raise UsageError(f"{path}: {key} must be a whole number from {least} on, not {value!r}")
-    if suite.seeds > MOST_SEEDS:
-        raise UsageError(f"{path}: {suite.seeds} seeds are too many: {MOST_SEEDS} at most")
     cells = suite.cells()
     names = [cell.name for cell in cells]
     if twice := {name for name in names if names.count(name) > 1}:
@@ -200,6 +202,10 @@ def read(name: str) -> Suite:
                     f"{closest(name, TARGETS)}"
                 )
     return suite
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _need_tables(content: Mapping[str, Any], path: Path) -> None:
@@ -248,7 +254,7 @@ def narrowed(
                 raise UsageError(f"suite {suite.name} has no {name!r}{closest(name, known)}; it has {', '.join(known)}")
     return replace(
         suite,
-        seeds=len(seeds) if seeds else suite.seeds,
+        seeds=seeds.stop - seeds.start if seeds else suite.seeds,
         first_seed=seeds.start if seeds else suite.first_seed,
         methods={name: m for name, m in suite.methods.items() if not methods or name in methods},
         data={name: d for name, d in suite.data.items() if not data or name in data},

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -86,19 +87,15 @@ def find(given: Sequence[str], out: str = "runs") -> tuple[list[RunDir], str]:
     its ``runs``, stands for all in it. Nothing: the newest run. UsageError for what is none, and for more than MOST_RUNS.
     """
     found: dict[Path, RunDir] = {}
-    left_out: dict[str, int] = {}
+    left_out = ""
     for name in given or (None,):
-        members, which = _members(None if name is None else Path(name))
-        if len(members) > MOST_RUNS:
-            left_out[which] = left_out.get(which, 0) + len(members) - MOST_RUNS
-        for run in members[:MOST_RUNS] or [RunDir.find(name, out)]:
+        members, said = ([], "") if name is None else _members(Path(name))
+        left_out = left_out or said
+        for run in members or [RunDir.find(name, out)]:
             found.setdefault(run.path.resolve(), run)
     if len(found) > MOST_RUNS:
         raise UsageError(f"a page holds {MOST_RUNS} runs at most, and these are {len(found)}: name fewer")
-    sentences = [
-        f"{count} more runs, {which}, are left out: a page holds {MOST_RUNS}." for which, count in left_out.items()
-    ]
-    return list(found.values()), " ".join(sentences)
+    return list(found.values()), left_out
 
 
 def benchmarks(given: Sequence[str]) -> list[dict[str, Any]]:
@@ -111,19 +108,22 @@ def benchmarks(given: Sequence[str]) -> list[dict[str, Any]]:
     return [results.section(*results.load(file)) for file in files]
 
 
-def _members(folder: Path | None) -> tuple[list[RunDir], str]:
-    """The runs a folder collects, what matters most first, and what is last; none for a run's own folder or no folder.
+def _members(folder: Path) -> tuple[list[RunDir], str]:
+    """The runs a folder collects, MOST_RUNS at most, and a sentence about those left out; none for a run's own folder.
 
-    Lowest seeds come first; where all have one seed, as runs made one by one, the newest, in the order of their numbers.
+    Those of the lowest seeds; where all have one seed, as runs made one by one, the newest.
     """
-    if folder is None or (folder / "config.toml").is_file() or not folder.is_dir():
+    if (folder / "config.toml").is_file() or not folder.is_dir():
         return [], ""
     runs = [path.parent for path in [*folder.glob("*/config.toml"), *folder.glob("runs/*/config.toml")]]
     seeds = {run: read_toml(run / "config.toml")[0].get("seed", 0) for run in runs if not run.name.startswith(".")}
     found = sorted(seeds, key=lambda run: (seeds[run], run.name))
-    if len({*seeds.values()}) == 1:
-        return [RunDir(path) for path in [*found[-MOST_RUNS:], *found[:-MOST_RUNS]]], "the oldest"
-    return [RunDir(path) for path in found], "those of the highest seeds"
+    one_by_one = len({*seeds.values()}) == 1
+    kept = found[-MOST_RUNS:] if one_by_one else found[:MOST_RUNS]
+    which = "the oldest" if one_by_one else "those of the highest seeds"
+    more = len(found) - len(kept)
+    sentence = f"{more} more runs, {which}, are left out: a page holds {MOST_RUNS}." if more else ""
+    return [RunDir(path) for path in kept], sentence
 
 
 def collect(run: RunDir, name: str) -> Run:
@@ -199,7 +199,7 @@ def draw_frames(run: Run, most: int, room: int, tell: Callable[[], None]) -> int
     files = {step: run.pictures[step].with_suffix(".npz") for step in chosen}
     recorded = {step: plane.load_frame(path) for step, path in files.items() if path.exists()}
     planes = recorded and len(recorded) == len(chosen)
-    draw = _plane_frames(run, recorded) if planes else _picture_frames(run, chosen[:1], room)
+    draw = _plane_frames(run, recorded) if planes else _picture_frames(run, chosen, room)
     used = 0
     for step in chosen:
         layers, said = draw(step)
@@ -217,17 +217,17 @@ def draw_frames(run: Run, most: int, room: int, tell: Callable[[], None]) -> int
     return used
 
 
-def _picture_frames(run: Run, first: Sequence[int], room: int) -> Draw:
-    """The function that draws one picture, as wide as the first may be by itself in ``room`` bytes."""
-    width = WIDTH
+def _picture_frames(run: Run, steps: Sequence[int], room: int) -> Draw:
+    """The function that draws one picture, as wide as that of the first of ``steps`` may be by itself in ``room`` bytes."""
 
-    def drawn(step: int) -> str:
+    @cache  # the first is drawn to find the width
+    def drawn(step: int, width: int) -> str:
         return data_uri(figures.shrunk(run.pictures[step], width))
 
-    for step in first:
-        while width > NARROWEST and len(drawn(step)) > room:
-            width = width * 3 // 4
-    return lambda step: ([("picture", drawn(step))], "")
+    width = WIDTH
+    while steps and width > NARROWEST and len(drawn(steps[0], width)) > room:
+        width = width * 3 // 4
+    return lambda step: ([("picture", drawn(step, width))], "")
 
 
 def _plane_frames(run: Run, recorded: Mapping[int, plane.Frame]) -> Draw:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import statistics
@@ -25,7 +24,7 @@ from gankit.bench import Cell, Suite, state_of
 from gankit.errors import UsageError
 from gankit.files import FAILED, write_atomic
 from gankit.pictures import save_png, sheet
-from gankit.provenance import metric_of
+from gankit.provenance import column, metric_of
 from gankit.run import Reporter
 from gankit.rundir import RunDir, to_json
 from gankit.terminal import METRICS, label, shown
@@ -100,14 +99,9 @@ def _row(suite: Suite, cell: Cell, run: RunDir, state: str) -> Row:
             "samples": config.eval_samples,
             "plugins": {name: facts["version"] for name, facts in run.read_json("plugins.json").items()},
             "networks": env.get("networks", {}),
-            "content": {f"content of {data['name']}": _digest(data["sketch"])} if "sketch" in data else {},
+            "content": {f"content of {data['name']}": column("", data["sketch"])[1:]} if "sketch" in data else {},
         },
     )
-
-
-def _digest(value: Any) -> str:
-    """Eight hexadecimal digits that tell values that JSON has from others."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def time_to_target(

@@ -241,7 +241,7 @@ class Session:
         run.write_json("plugins.json", self.plugins)
         own = {"processes": self.team.size, "networks": self.saver.facts["networks"]}
         run.write_json("env.json", {**environment(self.gan.device), **own})
-        run.write_json("data.json", {**asdict(summary), "sketch": data.sketch()})
+        run.write_json("data.json", {**asdict(summary), "sketch": self.saver.facts["data"]})
         if data.is_image:
             pictures.save_png(pictures.image_grid(data.held_out(64).cpu(), 8), run.samples / "reals.png")
         elif data.shape == (2,):

@@ -339,6 +339,9 @@ def test_a_retry_begins_anew_where_code_or_data_were_mended(what: str, tmp_path:
         (tmp_path / "nets.py").write_text((tmp_path / "nets.py").read_text() + "# mended\n")
     else:
         np.save(tmp_path / "points.npy", np.ones((300, 2), np.float32) + np.eye(300, 2, dtype=np.float32))
+    (run / bench.FAILED).unlink()
+    bench.execute(suite, tmp_path / "out")  # as one that was interrupted
+    assert "cannot be continued" in results.collect(suite, tmp_path / "out")[0].reason
     bench.execute(suite, tmp_path / "out", retry=True)
     (row,) = results.collect(suite, tmp_path / "out")
     assert row.status == ("finished" if what == "plugin" else "failed")
