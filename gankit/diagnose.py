@@ -577,8 +577,9 @@ def exploding(record: Record) -> Seen:
     found = [sure for sure in (graded(loss, LOUD), graded(max(sizes.values()), EXPLODED)) if sure]
     if not found:
         return None
-    seen = f"gradients per weight of {sizes['d']:.1e} (D) and {sizes['g']:.1e} (G), losses up to {loss:.1e}"
-    return f"{seen}, {_when(last or rows[-2:])}", max(found), against_explosion(record)
+    seen = [f"gradients per weight of {sizes['d']:.1e} (D) and {sizes['g']:.1e} (G)"] if last else []
+    seen += [f"losses up to {loss:.1e}"] if rows else []
+    return f"{', '.join(seen)}, {_when(last or rows[-2:])}", max(found), against_explosion(record)
 
 
 def poor_samples(record: Record) -> Seen:

@@ -383,6 +383,10 @@ def test_rules_of_losses() -> None:
     assert found(logged(d_loss=1e5)) == {"exploding": "certain"}
     for size in ("d_gradient", "g_gradient"):  # infinite, which JSON lacks
         assert found(logged(d_loss=1e5, change=always(**{size: None}))) == {"exploding": "certain"}
+    before = logged(count=0)  # any evaluation: gradients are not measured yet, and none of 0 is shown
+    lines = [{"step": step, "d_loss": 1e30, "g_loss": 2e30} for step in (50, 100)]
+    (finding,) = diagnose(replace(before, stats=lines)).findings
+    assert (finding.name, finding.seen) == ("exploding", "losses up to 2.0e+30, from step 50 to 100")
     assert not found(logged(d_loss=999.0))
     assert found(replace(record, stats=[*record.stats, {"step": 1001, "d_loss": None}])) == {"not finite": "certain"}
 
